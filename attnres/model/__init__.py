@@ -1,0 +1,1 @@
+"""The model: depth plan, families of sources, Block AttnRes Qwen3, and loading."""

@@ -1,0 +1,57 @@
+"""Configuration of a Block AttnRes Qwen3."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3Config
+
+from attnres.model.plan import DepthPlan
+
+
+@strict
+class Qwen3AttnResConfig(Qwen3Config):
+    """Qwen3's configuration plus the depth routing.
+
+    Args:
+        attnres_sources: source convention: `"block_sum"` (the paper's equations), `"seeded_block_sum"`,
+            `"cumulative"` or `"full"`; see `attnres.model.plan`.
+        attnres_num_blocks: blocks asked for; a block spans `ceil(num_hidden_layers / attnres_num_blocks)` layers.
+        attnres_bias: `"newest"`: one bias a read, added to the newest source; `"sources"`: one a source.
+        attnres_content: whether routing may depend on content; False freezes the queries at zero, so that the biases
+            alone decide.
+        attnres_exact_uniform: divide the eps of the norm after read j by `S_j^2`, which makes uniform routing equal
+            to the additive residual exactly (the norm removes the factor `1/S_j`).
+        attnres_recency_bias_init: initial bias of the newest source.
+
+    Raises:
+        ValueError: for a value that makes no model.
+    """
+
+    model_type = "qwen3_attnres"
+
+    attnres_sources: str = "block_sum"
+    attnres_num_blocks: int = 8
+    attnres_bias: str = "newest"
+    attnres_content: bool = True
+    attnres_exact_uniform: bool = False
+    attnres_recency_bias_init: float | int = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.attnres_bias not in ("newest", "sources"):
+            raise ValueError(f"attnres_bias: expected 'newest' or 'sources', received {self.attnres_bias!r}")
+        self.plan()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Qwen3AttnResConfig":
+        """As in transformers; a stored configuration without `attnres_sources` is a released one.
+
+        Released open-attention-residuals checkpoints name no convention; `load_model` finds it from the tensors, a bare
+        `from_pretrained` assumes `seeded_block_sum`.
+        """
+        return super().from_dict({"attnres_sources": "seeded_block_sum", **config_dict}, **kwargs)
+
+    def plan(self) -> DepthPlan:
+        """The depth plan that this configuration describes."""
+        convention: Literal["block_sum", "seeded_block_sum", "cumulative", "full"] = self.attnres_sources  # type: ignore[assignment]
+        return DepthPlan(self.num_hidden_layers, self.attnres_num_blocks, convention)

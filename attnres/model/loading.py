@@ -1,0 +1,224 @@
+"""One door for every kind of checkpoint, and the wraps that make a vanilla Qwen3 routable."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from attnres.errors import CheckpointError
+from attnres.model.config import Qwen3AttnResConfig
+from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.model.released import read_weights, released_convention, weight_files
+
+logger = logging.getLogger(__name__)
+
+Schedule = Literal["recency", "uniform"]
+SCHEDULES: tuple[Schedule, ...] = ("recency", "uniform")
+# Hugging Face hub ids are `owner/name`; anything else is a path and never leads to a download.
+_HUB_ID_PARTS = 2
+_TOTAL_BYTES_PER_PARAMETER = 16
+
+
+def model_folder(path: str | Path) -> Path:
+    """The Hugging Face folder behind a path.
+
+    Args:
+        path: a Hugging Face folder, a checkpoint (`.../checkpoints/step_N`, or the `training.ckpt` in it), a run folder
+            (its newest checkpoint), or a hub id `owner/name` where no such path exists (this downloads).
+
+    Raises:
+        CheckpointError: where there is nothing to load.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        folder = folder.parent
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    steps = sorted(folder.glob("checkpoints/step_*/model/config.json"))
+    if steps:
+        return steps[-1].parent
+    if folder.exists():
+        raise CheckpointError(f"checkpoint {path}: no config.json and no checkpoints/step_* inside; name a run or a model folder")
+    parts = str(path).split("/")
+    if len(parts) == _HUB_ID_PARTS and all(parts) and not str(path).startswith((".", "~")) and not folder.parent.exists():
+        return _download(str(path))
+    raise CheckpointError(f"checkpoint {path}: no such file or folder; train one with `python train.py`, or check the path")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    logger.info("downloading %s from the Hugging Face hub", hub_id)
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {hub_id}: not a local path, and the hub did not give it ({type(error).__name__}); check the name"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder}: config.json cannot be read ({error}); copy the folder again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"checkpoint {folder}: config.json holds no object; copy the folder again")
+    return config
+
+
+def _build_config(folder: Path, stored: dict[str, Any], names: set[str]) -> Qwen3Config:
+    """The configuration of a checkpoint; it is data, never code (`auto_map` is ignored)."""
+    kind = stored.get("model_type")
+    if kind not in ("qwen3", "qwen3_attnres"):
+        raise CheckpointError(f"checkpoint {folder}: model_type {kind!r} is neither 'qwen3' nor 'qwen3_attnres'")
+    stored = {key: value for key, value in stored.items() if key != "auto_map"}
+    try:
+        if kind == "qwen3":
+            return Qwen3Config.from_dict(stored)
+        for key, known in (("attnres_mode", "block"), ("attnres_gate_type", "bias")):
+            if stored.get(key, known) != known:
+                raise CheckpointError(f"checkpoint {folder}: {key}={stored[key]!r} is not supported, only {known!r}")
+        stored.setdefault("attnres_sources", released_convention(names))
+        return Qwen3AttnResConfig.from_dict(stored)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library's own validation raises several types
+        told = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {folder}: config.json describes no model: {told}") from error
+
+
+def load_model(
+    path: str | Path, bias: Literal["stored", "init"] = "stored", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load any checkpoint this project knows, strictly: every parameter found, none left over.
+
+    Args:
+        path: see `model_folder`. AttnRes and vanilla Qwen3, ours or released by open-attention-residuals.
+        bias: `"stored"` uses the routing biases of the file; `"init"` replaces the newest source's by the
+            configuration's `attnres_recency_bias_init`, as some versions of the releasing code did on loading.
+        dtype: of the parameters; None keeps the stored one.
+
+    Returns:
+        A `Qwen3AttnResForCausalLM` or a `Qwen3ForCausalLM`, in eval mode.
+
+    Raises:
+        CheckpointError: where it is missing, unreadable, or does not fit its configuration.
+    """
+    folder = model_folder(path)
+    stored = _read_config(folder)
+    if not weight_files(folder):
+        raise CheckpointError(f"checkpoint {folder}: no safetensors file inside; pickled weights are not read, convert them")
+    try:
+        weights = read_weights(folder)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder}: weights cannot be read ({error}); copy the folder again") from error
+    config = _build_config(folder, stored, set(weights))
+    _check_size(folder, config, weights)
+    if bias == "init" and isinstance(config, Qwen3AttnResConfig):
+        for name in weights:
+            if name.endswith("_res_bias"):
+                weights[name] = torch.zeros_like(weights[name])
+                weights[name][-1] = config.attnres_recency_bias_init
+    build = Qwen3AttnResForCausalLM if isinstance(config, Qwen3AttnResConfig) else Qwen3ForCausalLM
+    stored_dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        model = build(config)
+    model = model.to_empty(device="cpu").to(dtype or stored_dtype)
+    # Buffers that are not stored (rotary frequencies) come from a real build of the module.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    _assign(folder, model, weights)
+    if isinstance(config, Qwen3AttnResConfig):
+        values = [weights[name].float() for name in weights if name.endswith("_res_bias")]
+        flat = torch.cat([value.flatten() for value in values])
+        logger.info("routing biases (%s): %.4g to %.4g", bias, flat.min(), flat.max())
+    return model.eval()
+
+
+def _check_size(folder: Path, config: Qwen3Config, weights: dict[str, Tensor]) -> None:
+    """Refuse a configuration that would allocate far more than the file holds."""
+    claimed = config.num_hidden_layers * config.hidden_size * config.intermediate_size + config.vocab_size * config.hidden_size
+    held = sum(tensor.numel() for tensor in weights.values())
+    if claimed > _TOTAL_BYTES_PER_PARAMETER * held:
+        raise CheckpointError(f"checkpoint {folder}: config.json asks for about {claimed:,} parameters, the file holds {held:,}")
+
+
+def _assign(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    if model.config.tie_word_embeddings:
+        weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight", torch.empty(0)))
+    wanted = model.state_dict()
+    for what, names in (("missing", wanted.keys() - weights.keys()), ("unexpected", weights.keys() - wanted.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")  # noqa: PLR2004
+            raise CheckpointError(f"checkpoint {folder}: {len(names)} {what} parameters ({listed}) for {model.config.model_type}")
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} has shape {tuple(tensor.shape)}, the configuration says {tuple(wanted[name].shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"checkpoint {folder}: {name} holds a value that is not finite; use an earlier checkpoint")
+    model.load_state_dict(weights)
+    model.tie_weights()
+
+
+def wrap_qwen3(
+    model_or_path: PreTrainedModel | str | Path,
+    schedule: Schedule = "recency",
+    num_blocks: int = 8,
+    recency_bias: float = 10.0,
+) -> Qwen3AttnResForCausalLM:
+    """A vanilla Qwen3 as a routable model with content-independent weights.
+
+    Args:
+        model_or_path: a `Qwen3ForCausalLM`, or what `load_model` takes. Its weights are copied.
+        schedule: `"recency"`: cumulative sources, zero queries, `recency_bias` on the newest; equal to the vanilla model
+            only as the bias grows. `"uniform"`: block sums, zero queries and biases, each norm's eps divided by `S^2`;
+            equal to the vanilla model exactly.
+        num_blocks: blocks asked for, at most the number of layers.
+        recency_bias: bias b of the newest source, in nats.
+
+    Raises:
+        ValueError: for an unknown schedule, or a model that is not a vanilla Qwen3.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, received {schedule!r}")
+    base = model_or_path if isinstance(model_or_path, PreTrainedModel) else load_model(model_or_path)
+    if not isinstance(base, Qwen3ForCausalLM):
+        raise ValueError(f"wrap_qwen3: expected a vanilla Qwen3ForCausalLM, received {type(base).__name__}")
+    stored = {k: v for k, v in base.config.to_dict().items() if k not in ("model_type", "architectures")}
+    recency = schedule == "recency"
+    config = Qwen3AttnResConfig.from_dict(
+        stored
+        | {
+            "attnres_sources": "cumulative" if recency else "block_sum",
+            "attnres_num_blocks": num_blocks,
+            "attnres_exact_uniform": not recency,
+            "attnres_recency_bias_init": float(recency_bias) if recency else 0.0,
+        }
+    )
+    wrapped = Qwen3AttnResForCausalLM(config).to(base.dtype)
+    # Queries and biases keep the start that the class gives them (zero, and `recency_bias` on the newest source).
+    missing, unexpected = wrapped.load_state_dict(base.state_dict(), strict=False)
+    strange = [name for name in missing if "_res_" not in name] + list(unexpected)
+    if strange:
+        raise ValueError(f"wrap_qwen3: parameters do not match the vanilla model: {', '.join(strange[:3])}")
+    return wrapped.to(base.device).train(base.training)
+
+
+def schedule_weights(num_sources: int, schedule: Schedule, recency_bias: float = 10.0) -> list[float]:
+    """The analytic routing weights of a wrap at a read of S sources, oldest first (spec: `e^b/(e^b+N)` and `1/(e^b+N)`)."""
+    if schedule == "uniform":
+        return [1.0 / num_sources] * num_sources
+    # Divided through by e^b, so that a large bias does not overflow.
+    small = math.exp(-recency_bias)
+    total = 1.0 + (num_sources - 1) * small
+    return [small / total] * (num_sources - 1) + [1.0 / total]

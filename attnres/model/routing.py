@@ -1,0 +1,113 @@
+"""One read inside the model: its parameters under the released names, and the step from sources to sublayer input."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from attnres import ops
+from attnres.model.config import Qwen3AttnResConfig
+from attnres.model.plan import DepthPlan, ReadPlan
+from attnres.model.state import DepthState, Edit, Observer, Site, Trace
+from attnres.ops import ReadParameters
+
+
+def attach_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig, plan: DepthPlan, read: ReadPlan) -> None:
+    """Create `{prefix}_res_proj`, `{prefix}_res_norm` and `{prefix}_res_bias` on the module that owns the sublayer.
+
+    Parameters that no gradient can reach (one source, or equal ones) or that the configuration freezes have
+    `requires_grad=False`: a distributed run would otherwise wait for them.
+    """
+    entries = 1 if config.attnres_bias == "newest" else read.num_sources
+    proj = nn.Linear(config.hidden_size, 1, bias=False)
+    norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    bias = nn.Parameter(torch.zeros(entries))
+    trainable = plan.routing_is_trainable(read)
+    for parameter in (proj.weight, norm.weight):
+        parameter.requires_grad = trainable and config.attnres_content
+    bias.requires_grad = read.num_sources > 1 and trainable
+    owner.add_module(f"{prefix}_res_proj", proj)
+    owner.add_module(f"{prefix}_res_norm", norm)
+    owner.register_parameter(f"{prefix}_res_bias", bias)
+
+
+def init_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig) -> None:
+    """Start uniform: query zero, bias zero (the newest source's may be configured)."""
+    init.zeros_(getattr(owner, f"{prefix}_res_proj").weight)
+    init.ones_(getattr(owner, f"{prefix}_res_norm").weight)
+    bias = getattr(owner, f"{prefix}_res_bias")
+    start = torch.zeros_like(bias)
+    start[-1] = config.attnres_recency_bias_init
+    init.copy_(bias, start)
+
+
+def read_parameters(owner: nn.Module, prefix: str, read: ReadPlan) -> ReadParameters:
+    """The parameters of a read as `attnres.ops` takes them: the bias padded to one entry a source."""
+    bias = getattr(owner, f"{prefix}_res_bias")
+    if bias.shape[-1] != read.num_sources:
+        bias = F.pad(bias, (read.num_sources - 1, 0))
+    proj, norm = getattr(owner, f"{prefix}_res_proj"), getattr(owner, f"{prefix}_res_norm")
+    return ReadParameters(proj.weight.squeeze(0), norm.weight, bias)
+
+
+def added(state: DepthState) -> Tensor | None:
+    """The running state with the pending sublayer output added; None while it is empty."""
+    if state.current is None or state.update is None:
+        return state.update if state.current is None else state.current
+    return state.current + state.update
+
+
+def open_block(state: DepthState, reads: Sequence[ReadParameters], plan: DepthPlan, eps: float, first: bool, backend: str) -> DepthState:
+    """Push the running state as a finished source (unless this is the `first` block) and score the block's reads."""
+    if not first:
+        current = added(state)
+        assert current is not None
+        kept = None if plan.resets else current
+        state = DepthState((*state.finished, current), kept)
+    return replace(state, prepared=ops.prepare_block(state.finished, reads, eps, backend))
+
+
+def route(
+    state: DepthState,
+    read: ReadPlan,
+    parameters: ReadParameters,
+    norm: Qwen3RMSNorm,
+    config: Qwen3AttnResConfig,
+    edit: Edit | None,
+    observe: Observer | None,
+    backend: str,
+) -> tuple[DepthState, Tensor]:
+    """One read of an open block: the new state, and what the sublayer sees, `RMSNorm(h) [B, T, D]`.
+
+    Raises:
+        ValueError: where an edit removes every source of a row.
+    """
+    assert state.prepared is not None
+    eps = config.rms_norm_eps
+    norm_eps = eps / read.num_sources**2 if config.attnres_exact_uniform else eps
+    dtype = state.finished[0].dtype
+    block, index = state.prepared, read.index_in_block
+    merged = ops.merge(
+        block, index, state.current, state.update, parameters, norm.weight, eps, norm_eps, dtype, backend
+    )
+    state = DepthState(state.finished, merged.current, None, block)
+    site = Site.of(read)
+    edited = edit is not None and edit.names(site)
+    if not edited and observe is None:
+        return state, merged.normed
+    sources = state.finished if merged.current is None else (*state.finished, merged.current)
+    log_weights = ops.log_weights(block, index, merged.logit)
+    normed = merged.normed
+    if edit is not None and edited:
+        log_weights = torch.log_softmax(edit(site, log_weights), dim=-1)
+        if bool(torch.isnan(log_weights).any()):
+            raise ValueError(f"edit: every source of a row is removed at read {site.read} ({site.sublayer} of layer {site.layer})")
+        h = ops.mix(sources, torch.exp(log_weights))
+        normed = F.rms_norm(h.float() if h.dtype != torch.float64 else h, h.shape[-1:], eps=norm_eps).to(h.dtype) * norm.weight.to(h.dtype)
+    if observe is not None:
+        observe(Trace(site, log_weights, sources))
+    return state, normed

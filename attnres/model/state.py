@@ -1,0 +1,79 @@
+"""The value that walks through the depth of the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from attnres.model.plan import ReadPlan
+from attnres.ops import PreparedBlock
+
+
+class Site(NamedTuple):
+    """Where an edit applies: read number, the sublayer it feeds (`"attn"`, `"mlp"`, `"final"`) and its layer."""
+
+    read: int
+    sublayer: str
+    layer: int
+
+    @classmethod
+    def of(cls, read: ReadPlan) -> "Site":
+        return cls(read.index, read.sublayer, read.layer)
+
+
+class Edit(Protocol):
+    """An intervention on routing: a pure function of log weights at the reads that it names.
+
+    At a read with `names(site)` the model computes `softmax(edit(site, log_weights))` and mixes the sources with it;
+    all other reads take the fast path.
+    """
+
+    def names(self, site: Site) -> bool:
+        """Whether this edit acts at a site."""
+        ...
+
+    def __call__(self, site: Site, log_weights: Tensor) -> Tensor:
+        """New log weights `[B, T, S]` (fp32; need not be normalised) for given normalised ones; `-inf` removes."""
+        ...
+
+
+@dataclass(frozen=True)
+class DepthState:
+    """Depth sources between two layers: an immutable value, so that a run can be resumed from any layer.
+
+    Attributes:
+        finished: finished sources `[B, T, D]`, oldest first.
+        current: the running state `[B, T, D]`, or None while it is empty.
+        update: output of the last sublayer, not yet added to `current`, or None.
+        prepared: what the reads of the open block share, or None before the first block is opened.
+    """
+
+    finished: tuple[Tensor, ...]
+    current: Tensor | None = None
+    update: Tensor | None = None
+    prepared: PreparedBlock | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DepthState":
+        """The state with a function applied to every tensor (to move it, to repeat its rows, ...)."""
+        block = self.prepared
+        return DepthState(
+            tuple(function(source) for source in self.finished),
+            None if self.current is None else function(self.current),
+            None if self.update is None else function(self.update),
+            None
+            if block is None
+            else PreparedBlock(tuple(function(m) for m in block.mixed), function(block.logits), function(block.lse)),
+        )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one read did, for those who look: `log_weights [B, T, S]` and `sources`, S tensors `[B, T, D]`."""
+
+    site: Site
+    log_weights: Tensor
+    sources: tuple[Tensor, ...]
+
+
+Observer = Callable[[Trace], None]

@@ -1,0 +1,116 @@
+"""Cost of AttnRes in a training step on the CPU: one interleaved run, medians, ratios.
+
+    python benchmarks/bench_train_step.py [--rounds 9]
+
+Three variants take turns on the same batch: AttnRes (torch backend), the same decoder with the additive residual in
+place of every read, and transformers' `Qwen3ForCausalLM`. A step is forward, loss, backward and an AdamW update.
+Exits with 1 if a ratio is above 1.10.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
+
+LIMIT = 1.10
+SHAPES = ((12, 256), (8, 128))
+VOCAB, BATCH, TOKENS = 4096, 8, 256
+
+
+class AdditiveResidual(nn.Module):
+    """The same layers with the residual of Qwen3: what the read replaces."""
+
+    def __init__(self, model: Qwen3AttnResForCausalLM) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        model = self.inner.model
+        x = model.embed_tokens(input_ids)
+        context = model.context(x)
+        for layer in model.layers:
+            x = x + layer._attend(layer.input_layernorm(x), context)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.inner.lm_head(model.norm(x))
+
+
+def make_step(model: nn.Module, forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> float:
+        logits = forward(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def bench(layers: int, width: int, rounds: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    config = Qwen3AttnResConfig(**shape, attnres_num_blocks=4)
+    attnres, same = Qwen3AttnResForCausalLM(config), AdditiveResidual(Qwen3AttnResForCausalLM(config))
+    vanilla = Qwen3ForCausalLM(Qwen3AttnResConfig(**shape, attnres_num_blocks=4))
+    tokens = torch.randint(0, VOCAB, (BATCH, TOKENS + 1))
+    steps = {
+        "attnres": make_step(attnres, lambda ids: attnres(ids, use_cache=False).logits, tokens),
+        "additive": make_step(same, same, tokens),
+        "qwen3": make_step(vanilla, lambda ids: vanilla(ids, use_cache=False).logits, tokens),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if round_ >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    paired = {
+        other: statistics.median(a / b for a, b in zip(seconds["attnres"], seconds[other], strict=True))
+        for other in ("additive", "qwen3")
+    }
+    return {
+        "layers": layers,
+        "width": width,
+        **{f"{name}_ms": round(1e3 * value, 1) for name, value in median.items()},
+        "over_additive": round(paired["additive"], 3),
+        "over_qwen3": round(paired["qwen3"], 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    held = True
+    for layers, width in SHAPES:
+        row = bench(layers, width, rounds)
+        held &= row["over_additive"] <= LIMIT and row["over_qwen3"] <= LIMIT
+        print(json.dumps(row), flush=True)
+    print(f"{'holds' if held else 'FAILS'}: AttnRes over vanilla <= {LIMIT} ({torch.get_num_threads()} threads, torch {torch.__version__})")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
