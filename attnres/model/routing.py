@@ -87,27 +87,38 @@ def route(
         ValueError: where an edit removes every source of a row.
     """
     assert state.prepared is not None
-    eps = config.rms_norm_eps
+    eps, block, index = config.rms_norm_eps, state.prepared, read.index_in_block
     norm_eps = eps / read.num_sources**2 if config.attnres_exact_uniform else eps
-    dtype = state.finished[0].dtype
-    block, index = state.prepared, read.index_in_block
-    merged = ops.merge(
-        block, index, state.current, state.update, parameters, norm.weight, eps, norm_eps, dtype, backend
-    )
-    state = DepthState(state.finished, merged.current, None, block)
     site = Site.of(read)
     edited = edit is not None and edit.names(site)
+    if edited:
+        current = added(state)
+        logit = None if current is None else ops.current_logit(current, parameters, eps)
+    else:
+        current, normed, logit = ops.merge(
+            block,
+            index,
+            state.current,
+            state.update,
+            parameters,
+            norm.weight,
+            eps,
+            norm_eps,
+            dtype=state.finished[0].dtype,
+            backend=backend,
+        )
+    state = DepthState(state.finished, current, None, block)
     if not edited and observe is None:
-        return state, merged.normed
-    sources = state.finished if merged.current is None else (*state.finished, merged.current)
-    log_weights = ops.log_weights(block, index, merged.logit)
-    normed = merged.normed
+        return state, normed
+    sources = state.finished if current is None else (*state.finished, current)
+    log_weights = ops.log_weights(block, index, logit)
     if edit is not None and edited:
         log_weights = torch.log_softmax(edit(site, log_weights), dim=-1)
         if bool(torch.isnan(log_weights).any()):
-            raise ValueError(f"edit: every source of a row is removed at read {site.read} ({site.sublayer} of layer {site.layer})")
-        h = ops.mix(sources, torch.exp(log_weights))
-        normed = F.rms_norm(h.float() if h.dtype != torch.float64 else h, h.shape[-1:], eps=norm_eps).to(h.dtype) * norm.weight.to(h.dtype)
+            raise ValueError(
+                f"edit: every source of a row is removed at read {site.read} ({site.sublayer} of layer {site.layer})"
+            )
+        normed = ops.mix_and_norm(sources, torch.exp(log_weights), norm.weight, norm_eps)
     if observe is not None:
-        observe(Trace(site, log_weights, sources))
+        observe(Trace(site, log_weights, sources, norm_eps))
     return state, normed

@@ -54,26 +54,22 @@ class DepthState:
     update: Tensor | None = None
     prepared: PreparedBlock | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "DepthState":
-        """The state with a function applied to every tensor (to move it, to repeat its rows, ...)."""
-        block = self.prepared
-        return DepthState(
-            tuple(function(source) for source in self.finished),
-            None if self.current is None else function(self.current),
-            None if self.update is None else function(self.update),
-            None
-            if block is None
-            else PreparedBlock(tuple(function(m) for m in block.mixed), function(block.logits), function(block.lse)),
-        )
-
 
 @dataclass(frozen=True)
 class Trace:
-    """What one read did, for those who look: `log_weights [B, T, S]` and `sources`, S tensors `[B, T, D]`."""
+    """What one read did, for those who look.
+
+    Attributes:
+        site: which read.
+        log_weights: `[B, T, S]`, after an edit if there was one.
+        sources: S tensors `[B, T, D]`, oldest first.
+        norm_eps: eps of the norm behind the read.
+    """
 
     site: Site
     log_weights: Tensor
     sources: tuple[Tensor, ...]
+    norm_eps: float
 
 
 Observer = Callable[[Trace], None]

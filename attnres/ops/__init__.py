@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from attnres.ops import batched
-from attnres.ops.batched import Merged, PreparedBlock, ReadParameters
+from attnres.ops.batched import Merged, PreparedBlock, ReadParameters, current_logit
 
-__all__ = ["Merged", "PreparedBlock", "ReadParameters", "depth_mix", "log_weights", "merge", "mix", "prepare_block"]
+__all__ = [
+    "Merged",
+    "PreparedBlock",
+    "ReadParameters",
+    "current_logit",
+    "depth_mix",
+    "log_weights",
+    "merge",
+    "mix_and_norm",
+    "prepare_block",
+]
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -23,9 +33,20 @@ def _select(backend: str, like: Tensor) -> ModuleType:
     """The module that runs a read: the only place where a backend is chosen."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, received {backend!r}")
-    if backend == "triton":
-        raise ValueError("backend: the Triton kernels are not part of this build; use backend='torch' or 'auto'")
-    return batched
+    if backend == "torch" or (backend == "auto" and not like.is_cuda):
+        return batched
+    try:
+        from attnres.ops import triton_backend
+    except ModuleNotFoundError as missing:
+        if backend == "auto":
+            return batched
+        raise ValueError(f"backend: 'triton' needs the package {missing.name}; install it or use 'torch'") from missing
+    refusal = triton_backend.refusal(like)
+    if refusal is None:
+        return triton_backend
+    if backend == "auto":
+        return batched
+    raise ValueError(f"{refusal}; use backend='torch', or 'auto', which takes the torch path here")
 
 
 def _check(sources: Sequence[Tensor], reads: Sequence[ReadParameters], num_sources: int) -> None:
@@ -82,7 +103,7 @@ def depth_mix(
     if bias is not None and not torch.compiler.is_compiling() and bool(torch.isneginf(bias).all(-1).any()):
         raise ValueError("bias: a row removes every source (-inf throughout); leave at least one finite entry")
     block = _select(backend, sources[0]).prepare_block(sources, [read], eps)
-    weights = torch.exp(block.logits[..., 0, :] - block.lse)
+    weights = torch.softmax(block.logits[..., 0, :], dim=-1)
     return block.mixed[0].to(sources[0].dtype), weights
 
 
@@ -132,12 +153,12 @@ def merge(
 
 
 def log_weights(block: PreparedBlock, index: int, logit: Tensor | None) -> Tensor:
-    """Log routing weights `[B, T, S]` of one read, fp32, differentiable.
+    """Log routing weights `[B, T, S]` of one read, fp32, differentiable, without another pass over the sources.
 
     Args:
         block: from `prepare_block`.
         index: which of the block's reads.
-        logit: `Merged.logit` of that read; None where the running state was empty.
+        logit: of the running state, from `Merged.logit` or `current_logit`; None where it is empty.
     """
     logits = block.logits[..., index, :]
     if logit is not None:
@@ -145,10 +166,11 @@ def log_weights(block: PreparedBlock, index: int, logit: Tensor | None) -> Tenso
     return torch.log_softmax(logits, dim=-1)
 
 
-def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """`sum_i a_i v_i` for given weights `[B, T, S]`, in fp32, returned in the sources' dtype `[B, T, D]`."""
-    exact = weights.dtype
-    total = sources[0].to(exact) * weights[..., 0:1]
+def mix_and_norm(
+    sources: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, norm_eps: float = 1e-6
+) -> Tensor:
+    """`RMSNorm(sum_i a_i v_i)` for given weights `[B, T, S]`, in fp32; `[B, T, D]` in the sources' dtype."""
+    total = sources[0].to(weights.dtype) * weights[..., 0:1]
     for index, source in enumerate(sources[1:], start=1):
-        total = torch.addcmul(total, source.to(exact), weights[..., index : index + 1])
-    return total.to(sources[0].dtype)
+        total.addcmul_(source.to(weights.dtype), weights[..., index : index + 1])
+    return batched.rms_norm(total, norm_weight, norm_eps).to(sources[0].dtype)

@@ -68,6 +68,12 @@ def _rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1] + eps)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x * rstd(x) * weight`, computed in fp32 (fp64), returned in that dtype."""
+    x = x.to(_exact(x.dtype))
+    return (x * _rstd(x, eps).unsqueeze(-1)).mul_(weight.to(x.dtype))
+
+
 class _Inter(torch.autograd.Function):
     """n finished sources x M queries -> logits, their log-sum-exp, M mixes."""
 
@@ -78,9 +84,8 @@ class _Inter(torch.autograd.Function):
         scores = ((values @ queries.T) * rstd.unsqueeze(-1)).transpose(-1, -2)  # [N, M, n]
         logits = (scores.unflatten(0, sources[0].shape[:2]) + bias).contiguous()
         lse = torch.logsumexp(logits, dim=-1)
-        # A read whose finished sources are all masked has lse = -inf: no mass here, all of it on the running state.
-        finite = torch.where(torch.isneginf(lse), 0.0, lse)
-        weights = torch.exp(logits - finite.unsqueeze(-1)).flatten(0, 1)
+        # A read whose finished sources are all masked has lse = -inf and no mass here: all of it is on the state.
+        weights = torch.softmax(logits, dim=-1).masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0).flatten(0, 1)
         mixed = torch.bmm(weights, values).unflatten(0, sources[0].shape[:2])
         ctx.save_for_backward(values, queries, rstd, scores, weights)
         ctx.bias_shape, ctx.dtypes = bias.shape, [source.dtype for source in sources]
@@ -196,9 +201,15 @@ def merge(
     if current is None:
         current, update = update, None
     if current is None:
-        hat = mixed * _rstd(mixed, norm_eps).unsqueeze(-1)
-        return Merged(None, (hat * norm_weight.to(mixed.dtype)).to(dtype), None)
+        return Merged(None, rms_norm(mixed, norm_weight, norm_eps).to(dtype), None)
     n = block.logits.shape[-1]
     bias = mixed.new_zeros(1) if read.bias is None else read.bias[..., n:].to(mixed.dtype)  # [1] or [B, 1]
     args = (current, update, mixed, block.lse[..., index], _folded(read, mixed.dtype), bias)
     return Merged(*_Merge.apply(*args, norm_weight.to(mixed.dtype), eps, norm_eps))
+
+
+def current_logit(current: Tensor, read: ReadParameters, eps: float) -> Tensor:
+    """Logit `[B, T]` of the running state `current [B, T, D]`, whose bias is the last entry; fp32 (fp64)."""
+    state = current.to(_exact(current.dtype))
+    logit = _rstd(state, eps) * (state @ _folded(read, state.dtype))
+    return logit if read.bias is None else logit + read.bias[..., -1:].to(state.dtype)

@@ -1,0 +1,89 @@
+"""What decides a corpus and how it is cut into windows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attnres.errors import ConfigError
+
+SOURCES = ("pystdlib", "pyenv", "files")
+SPLITS = ("train", "validation", "probe_pilot", "probe_confirm")
+
+# 256 bytes and the end-of-text token: a byte-level vocabulary cannot be smaller.
+MIN_VOCAB_SIZE = 257
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer, splits and window length; every field is checked on construction.
+
+    Attributes:
+        source: "pystdlib" (the interpreter's standard library), "pyenv" (the installed packages) or "files".
+        paths: For "files": `.txt`, `.jsonl` or `.parquet` files, folders of them, or globs.
+        text_column: For "files": the field of a `.jsonl` or `.parquet` row that holds the text.
+        vocab_size: Most entries of the byte-level BPE that is trained on the train split.
+        tokenizer: A `tokenizer.json`, or a folder holding one, to use instead of training; then
+            `vocab_size` is ignored.
+        sequence_length: Tokens in one training window.
+        isolate_documents: Restart positions at each document and drop targets that cross into another.
+        seed: Decides the split of each document and the order of the training windows.
+        validation: Expected fraction of documents in the validation split.
+        probe_pilot: Expected fraction of documents from which a probe picks hypotheses.
+        probe_confirm: Expected fraction of documents on which a probe tests them; the rest is "train".
+        cache_dir: Folder that holds the prepared corpora.
+        max_bytes: Read documents, in source order, only while their UTF-8 text stays within this many bytes.
+
+    Raises:
+        ConfigError: A field has an impossible value.
+    """
+
+    source: str = "pystdlib"
+    paths: tuple[str, ...] = ()
+    text_column: str = "text"
+    vocab_size: int = 4096
+    tokenizer: str | None = None
+    sequence_length: int = 256
+    isolate_documents: bool = False
+    seed: int = 0
+    validation: float = 0.04
+    probe_pilot: float = 0.08
+    probe_confirm: float = 0.20
+    cache_dir: str = "cache"
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.paths, str) or not isinstance(self.paths, Sequence):
+            raise ConfigError(f"data.paths: expected a list, got {self.paths!r}; write [{self.paths}]")
+        object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
+        if self.source not in SOURCES:
+            raise ConfigError(f"data.source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
+        if self.source == "files" and not self.paths:
+            raise ConfigError("data.paths: expected at least one path, got none; name the files to read")
+        if self.source != "files" and self.paths:
+            raise ConfigError(
+                f"data.paths: expected none with data.source={self.source}, got {list(self.paths)}; "
+                "set data.source=files to read them"
+            )
+        self._check_integer("vocab_size", MIN_VOCAB_SIZE)
+        self._check_integer("sequence_length", 1)
+        self._check_integer("seed", 0)
+        if self.max_bytes is not None:
+            self._check_integer("max_bytes", 1)
+        for name in SPLITS[1:]:
+            fraction = getattr(self, name)
+            if not isinstance(fraction, float) or not 0 < fraction < 1:
+                raise ConfigError(f"data.{name}: expected a fraction between 0 and 1, got {fraction!r}")
+        if (held_out := sum(self.held_out)) >= 1:
+            raise ConfigError(
+                "data.validation + data.probe_pilot + data.probe_confirm: expected less than 1, got "
+                f"{held_out:g}; lower one, so that documents are left to train on"
+            )
+
+    @property
+    def held_out(self) -> tuple[float, ...]:
+        """Fractions of the splits that are not trained on, in the order of `SPLITS[1:]`."""
+        return tuple(getattr(self, name) for name in SPLITS[1:])
+
+    def _check_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"data.{name}: expected an integer of at least {least}, got {value!r}")

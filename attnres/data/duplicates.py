@@ -1,0 +1,89 @@
+"""Near-duplicate documents, so that a split can keep them together.
+
+A vendored copy or a slightly edited file that sits in two splits would let a model be tested on what it was
+trained on. Each document becomes a MinHash signature (Broder 1997) of its 32-byte windows; documents whose
+signatures share a band of rows are compared, and those that agree on enough rows are joined, transitively.
+
+The hashing is numpy over whole documents, because per-shingle Python is several times slower than reading and
+tokenising the text. One signature takes 256 bytes.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROWS = 64
+_BANDS = 16
+# Documents are joined from an estimated Jaccard similarity of 0.70 on; bands of 4 rows find 98.8% of the
+# pairs at 0.70, and more above.
+_MIN_EQUAL_ROWS = 45
+# Keeps the repeated passes over a long document in the processor's cache.
+_CHUNK = 16384
+
+# Raw bits rather than a Generator's methods, whose results may change between numpy releases.
+_bits = np.random.PCG64(20030913)
+_BYTE_HASHES = _bits.random_raw(256).astype(np.uint32)
+_MULTIPLIERS = _bits.random_raw(_ROWS).astype(np.uint32) | np.uint32(1)
+
+
+def minhash_signature(text: str) -> NDArray[np.uint32]:
+    """MinHash signature `[64]` of a text; runs of white space count as one space."""
+    hashes = _window_hashes(b" ".join(text.encode().split()))
+    signature = np.full(_ROWS, np.iinfo(np.uint32).max, np.uint32)
+    for start in range(0, len(hashes), _CHUNK):
+        chunk = hashes[start : start + _CHUNK]
+        product = np.empty_like(chunk)
+        for row, multiplier in enumerate(_MULTIPLIERS):
+            np.multiply(chunk, multiplier, out=product)
+            signature[row] = min(signature[row], product.min())
+    return signature
+
+
+def group_near_duplicates(signatures: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Groups documents whose signatures nearly agree.
+
+    Args:
+        signatures: `[N, 64]`, a row of `minhash_signature` per document. Identical texts have identical rows.
+
+    Returns:
+        `[N]`: for each document the lowest document number of its group.
+    """
+    parent = np.arange(len(signatures))
+
+    def root(document: int) -> int:
+        while parent[document] != document:
+            parent[document] = parent[parent[document]]
+            document = parent[document]
+        return document
+
+    for band in np.split(signatures, _BANDS, axis=1):
+        # A bucket keeps one document of each cluster that met in it: comparing with those is enough to join.
+        buckets: dict[bytes, list[int]] = defaultdict(list)
+        for document, row in enumerate(np.ascontiguousarray(band)):
+            met = buckets[row.tobytes()]
+            for other in met:
+                first, second = sorted((root(document), root(other)))
+                if first == second:
+                    break
+                if (signatures[document] == signatures[other]).sum() >= _MIN_EQUAL_ROWS:
+                    parent[second] = first
+                    break
+            else:
+                met.append(document)
+    return np.array([root(document) for document in range(len(signatures))], np.int64)
+
+
+def _window_hashes(data: bytes) -> NDArray[np.uint32]:
+    """A mixed 32-bit hash of each 32-byte window; a shorter text is one window, padded with zeros."""
+    hashes = _BYTE_HASHES[np.frombuffer(data.ljust(32, b"\0"), np.uint8)]
+    # A polynomial hash by doubling: windows of 1, 2, 4, 8, 16 and then 32 bytes. Arithmetic is modulo 2^32.
+    multiplier = 0x9E3779B1
+    for width in (1, 2, 4, 8, 16):
+        hashes = hashes[:-width] * np.uint32(multiplier) + hashes[width:]
+        multiplier = multiplier * multiplier % 2**32
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        hashes ^= hashes >> np.uint32(shift)
+        hashes *= np.uint32(factor)
+    hashes ^= hashes >> np.uint32(16)
+    return hashes

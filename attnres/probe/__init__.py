@@ -1,0 +1,1 @@
+"""The probe: interventions on depth routing, their effects, statistics and report."""

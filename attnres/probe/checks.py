@@ -1,0 +1,143 @@
+"""What must hold before a result is believed. A failure stops the probe with exit code 5."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from attnres.errors import NumericsError
+from attnres.model.families import BANDS, SUBLAYERS
+from attnres.model.loading import schedule_weights
+from attnres.model.state import Trace
+from attnres.probe.interventions import Intervention
+from attnres.probe.runner import Clean, Subject, first_layer, run_clean, run_edited
+
+SCHEDULE_LIMIT = 1e-6
+LOGITS_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `value` is compared with `limit` (value <= limit passes)."""
+
+    name: str
+    model: str
+    passed: bool
+    value: float | None
+    limit: float | None
+    detail: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _bounded(name: str, model: str, value: float, limit: float, detail: str) -> Check:
+    # NaN compares false, so a value that is not a number fails.
+    return Check(name, model, value <= limit, value, limit, detail)
+
+
+@torch.no_grad()
+def check_subject(subject: Subject, vanilla: Qwen3ForCausalLM | None, ids: Tensor, labels: Tensor) -> list[Check]:
+    """All checks of one model on a few windows.
+
+    Args:
+        subject: the model.
+        vanilla: the unwrapped model of a wrapped baseline.
+        ids: `[B, T]`.
+        labels: `[B, T]`.
+    """
+    plan = subject.plan
+    noops = [Intervention("noop", None, sublayer, band) for sublayer in SUBLAYERS for band in BANDS]
+    starts = sorted({first_layer(item, plan) for item in noops})
+    traces: list[Trace] = []
+    clean = run_clean(subject.model, ids, labels, starts, traces.append)
+    fast = subject.model(ids, use_cache=False).logits
+    scale = max(1.0, float(fast.abs().max()))
+    checks = [
+        _bounded(
+            "explicit path equals fast path",
+            subject.name,
+            float((fast - clean.logits).abs().max()) / scale,
+            LOGITS_LIMIT,
+            "largest difference of logits, over the largest logit",
+        ),
+        _noop(subject, clean, noops),
+        _duplicates(subject, traces),
+    ]
+    if subject.schedule is not None:
+        checks.append(_schedule(subject, traces))
+        assert vanilla is not None
+        checks.append(_against_vanilla(subject, vanilla, fast, ids))
+    return checks
+
+
+def _noop(subject: Subject, clean: Clean, noops: list[Intervention]) -> Check:
+    different = [item.id for item in noops if not torch.equal(run_edited(subject.model, clean, item), clean.logits)]
+    detail = "resumed from every start of the grid" if not different else f"differs: {', '.join(different)}"
+    return Check("noop is bitwise the clean run", subject.name, not different, float(len(different)), 0.0, detail)
+
+
+def _duplicates(subject: Subject, traces: list[Trace]) -> Check:
+    """The plan's claim about which sources are one vector, against the vectors."""
+    wrong = 0
+    for trace in traces:
+        names = subject.plan.reads[trace.site.read].sources
+        for i in range(len(names)):
+            for k in range(i):
+                wrong += (names[i] == names[k]) != torch.equal(trace.sources[i], trace.sources[k])
+    return Check(
+        "duplicate sources are those of the plan",
+        subject.name,
+        wrong == 0,
+        float(wrong),
+        0.0,
+        "pairs of sources that are equal against the plan, or differ against it",
+    )
+
+
+def _schedule(subject: Subject, traces: list[Trace]) -> Check:
+    assert subject.schedule is not None
+    worst = 0.0
+    for trace in traces:
+        expected = schedule_weights(trace.log_weights.shape[-1], subject.schedule, subject.recency_bias)
+        weights = torch.exp(trace.log_weights)
+        worst = max(worst, float((weights - torch.tensor(expected, device=weights.device)).abs().max()))
+    return _bounded(
+        "content-independent, on schedule",
+        subject.name,
+        worst,
+        SCHEDULE_LIMIT,
+        "largest |a - a*| over reads, positions and sources",
+    )
+
+
+def _against_vanilla(subject: Subject, vanilla: Qwen3ForCausalLM, logits: Tensor, ids: Tensor) -> Check:
+    reference = vanilla(ids, use_cache=False).logits
+    if subject.schedule == "uniform":
+        # Rounding grows with the logits themselves, so the limit is relative once they pass 1.
+        worst = float((logits - reference).abs().max()) / max(1.0, float(reference.abs().max()))
+        return _bounded(
+            "equals the unwrapped model",
+            subject.name,
+            worst,
+            LOGITS_LIMIT,
+            "largest difference of fp32 logits, over the largest logit where that passes 1",
+        )
+    log_p, log_q = torch.log_softmax(reference.double(), -1), torch.log_softmax(logits.double(), -1)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    detail = f"KL(vanilla || wrapped) in nats/token at b={subject.recency_bias:g}; reported, never a reason to stop"
+    return Check("distance to the unwrapped model", subject.name, kl == kl, kl, None, detail)
+
+
+def require_passed(checks: list[Check]) -> None:
+    """Raises `NumericsError` naming the first check that failed."""
+    for check in checks:
+        if not check.passed:
+            limit = "" if check.limit is None else f", limit {check.limit:g}"
+            value = "" if check.value is None else f": {check.value:.3g}{limit}"
+            raise NumericsError(
+                f"check failed for {check.model}: {check.name}{value} ({check.detail}); no result was written, "
+                "check that the checkpoint and its configuration belong together"
+            )

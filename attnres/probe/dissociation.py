@@ -1,0 +1,236 @@
+"""Does mass say where the effect is? Dissociation of the two, and their rank correlations.
+
+The pilot split picks the cells, the confirmatory split tests them. Effect is mean dNLL (signed, nats/token),
+mass the mean routing weight of the family; both by document, every document weighing the same.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from attnres.probe.inference import StatisticsConfig, adjust_p, bca_interval, sign_flip_p
+from attnres.probe.statistics import MASS_TOLERANCE, MASSES, SLICE, document_means, grid_candidates
+
+METRICS = ["mass", "norm_share", "displacement"]
+DISSOCIATION_COLUMNS = [
+    *("model", "sublayer", "cells", "documents", "mass_cell", "effect_cell"),
+    *("mass_diff", "mass_diff_lo", "mass_diff_hi", "mass_p"),
+    *("effect_diff", "effect_diff_lo", "effect_diff_hi", "effect_p"),
+    *("p", "p_holm", "verdict", "reason", "predicted_by"),
+]
+SPEARMAN_COLUMNS = [
+    *("model", "sublayer", "metric", "cells", "documents"),
+    *("rho", "rho_lo", "rho_hi", "predicts"),
+]
+_ALL = "all"
+# Attention and MLP: the family of a model's dissociation tests, whichever of them this job ran.
+_SUBLAYER_TESTS = 2
+_BOOTSTRAP_STREAM = 3
+# Cells that differ by less, as under uniform routing, differ by fp32 rounding: ties in rank.
+_TIE_DECIMALS = 7
+
+
+def _measured(
+    effects: pd.DataFrame, mass: pd.DataFrame, eligibility: pd.DataFrame, split: str, intervention: str
+) -> dict[str, tuple[pd.DataFrame, dict[str, np.ndarray]]]:
+    """Per model: its eligible cells that were run, and [documents, cells] of dnll and of each metric."""
+    effects = effects[effects["intervention"] == intervention]
+    if not (effects["split"] == split).any():
+        return {}
+    grid = grid_candidates(effects, eligibility)
+    grid = grid[grid["eligible"] & grid["ran"]]
+    dnll, _ = document_means(effects, ["model", "cell"], ["dnll"], split)
+    masses, _ = document_means(mass, ["model", *SLICE], MASSES, split)
+    if not dnll.index.equals(masses.index):
+        raise ValueError(
+            f"effects and mass of split {split!r} come from different documents: pass both from one run"
+        )
+    measured = {}
+    for model, cells in grid.groupby("model", sort=False):
+        keys = pd.MultiIndex.from_frame(cells[["model", *SLICE]])
+        values = {name: masses[name][keys].to_numpy() for name in METRICS}
+        values["dnll"] = dnll["dnll"][pd.MultiIndex.from_frame(cells[["model", "cell"]])].to_numpy()
+        measured[str(model)] = (cells.reset_index(drop=True), values)
+    return measured
+
+
+def spearman_table(
+    effects: pd.DataFrame,
+    mass: pd.DataFrame,
+    eligibility: pd.DataFrame,
+    config: StatisticsConfig,
+    split: str = "confirm",
+    intervention: str = "mask",
+) -> pd.DataFrame:
+    """Spearman correlation, over eligible cells, of effect with mass, norm-aware share and displacement.
+
+    Intervals are percentile intervals over bootstrapped documents, the same for effect and metric; cells are
+    fixed, so an interval speaks of these cells on other documents. Resampling adds noise to the
+    means, so intervals lean towards zero. `predicts` says that the lower limit is above zero.
+
+    Args:
+        effects: one row per model x cell x window.
+        mass: one row per model x slice x window.
+        eligibility: one row per model x candidate.
+        config: level, resamples and seed.
+        split: the split that is read.
+        intervention: the intervention whose effect is meant.
+
+    Returns:
+        One row per model x ("attn", "mlp", "all") x metric, columns `SPEARMAN_COLUMNS`; rho is NaN with fewer
+        than three cells or where effect or metric does not vary.
+
+    Raises:
+        ValueError: tables that do not fit each other.
+    """
+    rows = []
+    for model, (cells, values) in _measured(effects, mass, eligibility, split, intervention).items():
+        documents = len(values["dnll"])
+        rng = np.random.default_rng([config.seed, _BOOTSTRAP_STREAM])
+        resamples = rng.multinomial(documents, np.full(documents, 1 / documents), size=config.bootstrap)
+        for sublayer in [*cells["sublayer"].unique(), _ALL]:
+            chosen = (
+                np.ones(len(cells), dtype=bool)
+                if sublayer == _ALL
+                else (cells["sublayer"] == sublayer).to_numpy()
+            )
+            for metric in METRICS:
+                rho, low, high = _spearman(
+                    values["dnll"][:, chosen], values[metric][:, chosen], resamples, config.alpha
+                )
+                count = int(chosen.sum())
+                rows.append((model, sublayer, metric, count, documents, rho, low, high, bool(low > 0)))
+    return pd.DataFrame(rows, columns=SPEARMAN_COLUMNS)
+
+
+def _spearman(
+    effect: np.ndarray, metric: np.ndarray, resamples: np.ndarray, alpha: float
+) -> tuple[float, float, float]:
+    """Spearman of the means of two [documents, cells], and its percentile interval over documents.
+
+    `resamples` [resamples, documents] counts how often each document is drawn.
+    """
+    documents, cells = effect.shape
+    if cells < 3:
+        return np.nan, np.nan, np.nan
+    joint = np.concatenate([effect, metric], axis=1)
+    joint = joint[np.lexsort(joint.T)]  # resamples must not depend on how documents are numbered
+    means = np.concatenate([joint.mean(axis=0, keepdims=True), resamples @ joint / documents])
+    means = means.round(_TIE_DECIMALS)
+    # Pearson's correlation of ranks, over all resamples at once; NaN where one side does not vary.
+    x, y = (stats.rankdata(side, axis=1) - (cells + 1) / 2 for side in (means[:, :cells], means[:, cells:]))
+    with np.errstate(invalid="ignore"):
+        rho = (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    resampled = rho[1:][np.isfinite(rho[1:])]
+    if not np.isfinite(rho[0]) or len(resampled) == 0:
+        return np.nan, np.nan, np.nan
+    low, high = np.quantile(resampled, [alpha / 2, 1 - alpha / 2])
+    return float(rho[0]), float(low), float(high)
+
+
+def dissociation_table(
+    effects: pd.DataFrame,
+    mass: pd.DataFrame,
+    eligibility: pd.DataFrame,
+    config: StatisticsConfig,
+    intervention: str = "mask",
+) -> pd.DataFrame:
+    """Per model and sublayer type: is the cell of largest mass the cell of largest effect?
+
+    On the pilot split, `mass_cell` is the eligible cell of largest mass and `effect_cell` that of largest
+    dNLL. If they are one: "coincide". Else the confirmatory split has to show both mass(mass_cell) >
+    mass(effect_cell) and dnll(effect_cell) > dnll(mass_cell): two one-sided sign-flip tests by document, p
+    the larger of the two (an intersection-union test), Holm over the model's two sublayer types;
+    "dissociated" if that is at most alpha, else "inconclusive". `predicted_by` names the metrics other than
+    mass whose Spearman correlation with effect is above zero (`spearman_table`): where there are any, the
+    dissociation is about the metric rather than about routing.
+
+    Args:
+        effects: one row per model x cell x window, splits "pilot" and "confirm".
+        mass: one row per model x slice x window, the same splits.
+        eligibility: one row per model x candidate.
+        config: level, resampling and seed.
+        intervention: the intervention whose effect is meant.
+
+    Returns:
+        One row per model x sublayer type, columns `DISSOCIATION_COLUMNS`; differences and p are NaN where
+        nothing was tested, and `reason` says why ("" where the verdict comes from a test).
+
+    Raises:
+        ValueError: tables that do not fit each other, or a document in both splits.
+    """
+    shared = set(effects.loc[effects["split"] == "pilot", "document"]) & set(
+        effects.loc[effects["split"] == "confirm", "document"]
+    )
+    if shared:
+        raise ValueError(
+            f"document {min(shared)} is in both the pilot and the confirm split: make the splits disjoint"
+        )
+    pilot = _measured(effects, mass, eligibility, "pilot", intervention)
+    confirm = _measured(effects, mass, eligibility, "confirm", intervention)
+    correlations = spearman_table(effects, mass, eligibility, config, "confirm", intervention)
+    rows = []
+    for model, sublayer in eligibility[["model", "sublayer"]].drop_duplicates().itertuples(index=False):
+        row: dict[str, object] = {
+            "model": model,
+            "sublayer": sublayer,
+            "cells": 0,
+            "verdict": "inconclusive",
+            "reason": "",
+        }
+        rows.append(row)
+        predicting = correlations[
+            (correlations["model"] == model)
+            & (correlations["sublayer"] == sublayer)
+            & correlations["predicts"]
+        ]
+        row["predicted_by"] = ", ".join(name for name in predicting["metric"] if name != "mass")
+        if model not in pilot or model not in confirm:
+            row["reason"] = "no effects in the pilot or in the confirm split"
+            continue
+        cells, picked = pilot[model]
+        tested_cells, tested = confirm[model]
+        if list(cells["cell"]) != list(tested_cells["cell"]):
+            raise ValueError(
+                f"pilot and confirm split of {model} hold different cells: run the same grid on both"
+            )
+        of_sublayer = np.flatnonzero(cells["sublayer"] == sublayer)
+        row |= {"cells": len(of_sublayer), "documents": len(tested["dnll"])}
+        row |= _dissociation(cells["cell"].to_numpy(), of_sublayer, picked, tested, config)
+    table = pd.DataFrame(rows).reindex(columns=DISSOCIATION_COLUMNS)
+    for _, tests in table[table["p"].notna()].groupby("model"):
+        table.loc[tests.index, "p_holm"] = adjust_p(tests["p"].to_numpy(dtype=np.float64), _SUBLAYER_TESTS)
+    table.loc[table["p_holm"] <= config.alpha, "verdict"] = "dissociated"
+    return table
+
+
+def _dissociation(
+    names: np.ndarray,
+    of_sublayer: np.ndarray,
+    pilot: dict[str, np.ndarray],
+    confirm: dict[str, np.ndarray],
+    config: StatisticsConfig,
+) -> dict[str, object]:
+    """Cells picked on pilot values and, where they differ, the tests on confirm values."""
+    if len(of_sublayer) < 2:
+        return {"reason": "fewer than two eligible cells"}
+    masses, effects = (pilot[name][:, of_sublayer].mean(axis=0) for name in ("mass", "dnll"))
+    if effects.max() <= 10.0**-_TIE_DECIMALS:
+        return {"reason": "no cell has a positive effect on the pilot split"}
+    effect_at = effects.argmax()
+    # Masses that differ by rounding only are equal: the effect is then in a cell of largest mass.
+    mass_at = effect_at if masses[effect_at] >= masses.max() - MASS_TOLERANCE else masses.argmax()
+    by_mass, by_effect = of_sublayer[mass_at], of_sublayer[effect_at]
+    picked = {"mass_cell": names[by_mass], "effect_cell": names[by_effect]}
+    if by_mass == by_effect:
+        reason = "one cell has the largest mass and the largest effect on the pilot split"
+        return picked | {"verdict": "coincide", "reason": reason}
+    mass_diff = confirm["mass"][:, by_mass] - confirm["mass"][:, by_effect]
+    effect_diff = confirm["dnll"][:, by_effect] - confirm["dnll"][:, by_mass]
+    differences = np.stack([mass_diff, effect_diff], axis=1)
+    low, high = bca_interval(differences, config.bootstrap, 1 - config.alpha, config.seed)
+    p = sign_flip_p(differences, config.sign_flips, config.seed, "greater")
+    for column, name in enumerate(("mass", "effect")):
+        picked |= {f"{name}_diff": differences[:, column].mean(), f"{name}_p": p[column]}
+        picked |= {f"{name}_diff_lo": low[column], f"{name}_diff_hi": high[column]}
+    return picked | {"p": p.max()}

@@ -1,0 +1,309 @@
+"""Tests and intervals on values by document: arrays in, arrays out.
+
+Every function takes `values` [documents, columns], one value per document (the mean over its windows), and
+treats columns separately: what it returns for a column depends on the values in it and on the seed, not on
+the order of the documents nor on which other columns are there.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import normal_sample_size_one_tail
+
+from attnres.errors import ConfigError
+
+Floats = NDArray[np.floating]
+
+_CHUNK_VALUES = 2**21  # values held at once by the resampling loops: 16 MB
+_SIGN_FLIP_STREAM, _BOOTSTRAP_STREAM = 1, 2
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """What is fixed before results are seen.
+
+    Attributes:
+        margin: equivalence margin on dNLL, and bound on KL, in nats/token.
+        alpha: level of every test; intervals cover 1 - alpha.
+        sign_flips: random sign flips (B); the smallest p is 1 / (1 + B).
+        bootstrap: BCa resamples.
+        seed: seed of flips and resamples.
+        grid_cells: candidate cells of one model in the whole preregistered grid, the excluded ones and those
+            that other jobs run included (times the interventions where there are several). None: the
+            candidates in the tables are the whole grid.
+        power: power at which `documents_needed` is computed.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    margin: float = 0.005
+    alpha: float = 0.05
+    sign_flips: int = 9999
+    bootstrap: int = 2000
+    seed: int = 0
+    grid_cells: int | None = None
+    power: float = 0.9
+
+    def __post_init__(self) -> None:
+        def require(valid: bool, name: str, expected: str) -> None:
+            if not valid:
+                raise ConfigError(f"statistics.{name}={getattr(self, name)}: expected {expected}")
+
+        require(
+            np.isfinite(self.margin) and self.margin > 0,
+            "margin",
+            "a positive number of nats/token, e.g. 0.005",
+        )
+        require(0 < self.alpha < 0.5, "alpha", "a level between 0 and 0.5, e.g. 0.05")
+        require(self.sign_flips >= 999, "sign_flips", "at least 999 (9999 for results that are reported)")
+        require(
+            self.bootstrap >= 100, "bootstrap", "at least 100 resamples (2000 for results that are reported)"
+        )
+        require(self.seed >= 0, "seed", "a non-negative integer")
+        require(self.alpha < self.power < 1, "power", "a probability between alpha and 1, e.g. 0.9")
+        require(
+            self.grid_cells is None or self.grid_cells >= 1,
+            "grid_cells",
+            "a positive number of cells, or null",
+        )
+        if self.grid_cells is not None:
+            self.require_resolution(self.grid_cells)
+
+    def require_resolution(self, family_size: int) -> None:
+        """Raises ConfigError if no p of these flips could survive Holm over `family_size` tests."""
+        if (1 + self.sign_flips) * self.alpha < family_size:
+            needed = int(np.ceil(family_size / self.alpha))
+            raise ConfigError(
+                f"statistics.sign_flips={self.sign_flips} cannot reach alpha={self.alpha} after Holm over "
+                f"{family_size} cells: set it to at least {needed}"
+            )
+
+
+def is_constant(values: Floats) -> NDArray[np.bool_]:
+    """Columns of `values` [documents, columns] that hold one value up to rounding: [columns]."""
+    return np.ptp(values, axis=0) <= 1e-12 * np.abs(values).max(axis=0)
+
+
+def _signs(documents: int, flips: int, seed: int) -> Iterator[Floats]:
+    """Chunks [flips in chunk, documents] of +-1: all patterns but the identity if few, else random."""
+    if 2**documents <= flips + 1:
+        codes = np.arange(1, 2**documents)[:, None]
+        yield 1.0 - 2.0 * ((codes >> np.arange(documents)) & 1)
+        return
+    rng = np.random.default_rng([seed, _SIGN_FLIP_STREAM])
+    rows = max(
+        1, _CHUNK_VALUES // documents
+    )  # of the documents only: the stream must not depend on the columns
+    for start in range(0, flips, rows):
+        shape = (min(rows, flips - start), documents)
+        yield 2.0 * rng.integers(0, 2, size=shape, dtype=np.int8) - 1.0
+
+
+def sign_flip_p(
+    values: Floats, flips: int, seed: int, alternative: Literal["two-sided", "greater"] = "two-sided"
+) -> Floats:
+    """Sign-flip test of a zero mean, p = (1 + k) / (1 + B).
+
+    Columns share the flips, and values are sorted first, so that p is a function of the values alone. With
+    few documents (2^documents <= 1 + flips) all sign patterns are enumerated and p is exact.
+    `scipy.stats.permutation_test` gives the same test some sixty times slower, which matters to simulations.
+
+    Args:
+        values: [documents, columns].
+        flips: B, the number of random flips.
+        seed: seed of the flips.
+        alternative: "two-sided" tests |mean|, "greater" a mean above zero.
+
+    Returns:
+        p [columns]; 1 where all values are zero.
+    """
+    values = np.sort(values, axis=0)
+
+    def statistic(sums: Floats) -> Floats:
+        return np.abs(sums) if alternative == "two-sided" else sums
+
+    # Sums that are equal in exact arithmetic must count as ties whatever their rounding.
+    threshold = statistic(values.sum(axis=0)) - 1e-10 * np.abs(values).sum(axis=0)
+    extreme = np.zeros(values.shape[1], dtype=np.int64)
+    total = 0
+    for signs in _signs(values.shape[0], flips, seed):
+        total += len(signs)
+        width = max(1, _CHUNK_VALUES // len(signs))
+        for start in range(0, values.shape[1], width):
+            block = slice(start, start + width)
+            extreme[block] += (statistic(signs @ values[:, block]) >= threshold[block]).sum(axis=0)
+    return (1.0 + extreme) / (1.0 + total)
+
+
+def bca_interval(values: Floats, resamples: int, level: float, seed: int) -> tuple[Floats, Floats]:
+    """Bootstrap interval of the mean over documents (BCa, `scipy.stats.bootstrap`).
+
+    A constant column gives [c, c]; where BCa is undefined (every resample on one side of the mean) the
+    percentile interval of the same resamples is given, so the result is never NaN.
+
+    Args:
+        values: [documents, columns].
+        resamples: number of bootstrap resamples; columns share them.
+        level: coverage, e.g. 0.95.
+        seed: seed of the resamples.
+
+    Returns:
+        Lower and upper limits, [columns] each.
+    """
+    low, high = values.mean(axis=0), values.mean(axis=0)
+    varying = np.flatnonzero(~is_constant(values))
+    if varying.size == 0:
+        return low, high
+    rows = np.ascontiguousarray(np.sort(values[:, varying], axis=0).T)
+    # Rounded to 2^-32 of the largest, values have exact sums: the order of additions, which depends on the
+    # other columns, cannot turn a tie of resampled means into a difference.
+    unit = np.exp2(np.frexp(np.abs(rows).max(axis=1, keepdims=True))[1] - 32.0)
+    rows = np.round(rows / unit) * unit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns where BCa is degenerate: handled below
+        result = stats.bootstrap(
+            (rows,),
+            np.mean,
+            axis=1,
+            n_resamples=resamples,
+            batch=max(1, _CHUNK_VALUES // rows.size),
+            vectorized=True,
+            confidence_level=level,
+            method="BCa",
+            rng=np.random.default_rng([seed, _BOOTSTRAP_STREAM]),
+        )
+    tail = (1 - level) / 2
+    percentile = np.quantile(result.bootstrap_distribution, [tail, 1 - tail], axis=-1)
+    interval = result.confidence_interval
+    undefined = np.isnan(interval.low) | np.isnan(interval.high)
+    low[varying] = np.where(undefined, percentile[0], interval.low)
+    high[varying] = np.where(undefined, percentile[1], interval.high)
+    return low, high
+
+
+def one_sided_p(values: Floats, bound: float, alternative: Literal["less", "greater"]) -> Floats:
+    """One-sided test of the mean against a bound: Student's t, corrected for skewness where that costs it
+    level.
+
+    KL by document is skewed to the right, where Student's t rejects "mean >= bound" too often (at level .05:
+    .07-.08 with 128 documents of gamma-distributed KL). Hall's cubic transformation of t (J. R. Stat. Soc. B
+    54, 1992, p. 221) removes that error to first order; taking the larger p keeps the usual test where
+    skewness would only have made it easier to pass.
+
+    Args:
+        values: [documents, columns].
+        bound: in the unit of the values.
+        alternative: "less" rejects "mean >= bound", "greater" rejects "mean <= bound".
+
+    Returns:
+        p [columns]; for a constant column 0 or 1, by the side of the bound on which it lies (1 on the bound).
+    """
+    beyond = values[0] < bound if alternative == "less" else values[0] > bound
+    p = np.where(beyond, 0.0, 1.0)  # the answer for constant columns; the others are overwritten
+    varying = np.flatnonzero(~is_constant(values))
+    if varying.size:
+        columns = values[:, varying]
+        documents = len(columns)
+        student = stats.ttest_1samp(columns, bound, axis=0, alternative=alternative)
+        gamma = stats.skew(columns, axis=0)
+        scaled = student.statistic / np.sqrt(documents)
+        corrected = np.sqrt(documents) * (
+            scaled + gamma * scaled**2 / 3 + gamma**2 * scaled**3 / 27 + gamma / (6 * documents)
+        )
+        tail = stats.t.cdf if alternative == "less" else stats.t.sf
+        p[varying] = np.maximum(student.pvalue, tail(corrected, documents - 1))
+    return p
+
+
+def equivalence_p(values: Floats, margin: float) -> Floats:
+    """TOST: p [columns] of the claim that the mean lies within +-margin, the larger of two `one_sided_p`."""
+    return np.maximum(one_sided_p(values, -margin, "greater"), one_sided_p(values, margin, "less"))
+
+
+def adjust_p(p: ArrayLike, family_size: int, method: Literal["holm", "fdr_bh"] = "holm") -> Floats:
+    """Adjusted p of the tests at hand within a family of which some tests may be missing.
+
+    The missing tests enter with p = 1. That is the worst they can be: an adjusted p, of Holm and of
+    Benjamini-Hochberg alike, never falls when another p of the family rises, so what is returned bounds from
+    above what the whole family would give, whatever the missing tests turn out to be. For Holm: the k-th
+    smallest p at hand is multiplied by `family_size - k + 1`; a missing test that is smaller would only lower
+    that factor, and its own product, which Holm carries upward, is at most the one used here.
+
+    Args:
+        p: [tests at hand].
+        family_size: tests in the whole family.
+        method: "holm", or "fdr_bh" (Benjamini-Hochberg, for maps).
+
+    Returns:
+        Adjusted p [tests at hand].
+
+    Raises:
+        ValueError: the family is smaller than the tests at hand.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    if family_size < len(p):
+        raise ValueError(
+            f"family_size={family_size} but {len(p)} tests were given: pass the size of the whole family"
+        )
+    if len(p) == 0:
+        return p
+    if method == "fdr_bh":
+        padded = np.concatenate([p, np.ones(family_size - len(p))])
+        return np.asarray(multipletests(padded, method=method)[1][: len(p)])
+    # Not statsmodels' Holm, which runs the garbage collector at each call: 0.1 s where a model is in memory.
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    steps = np.maximum.accumulate(p[order] * (family_size - np.arange(len(p))))
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+def documents_needed(dnll: Floats, kl: Floats, family_size: int, config: StatisticsConfig) -> Floats:
+    """Documents with which an inconclusive cell would get a verdict, with probability `config.power`.
+
+    Supposes that the observed means and standard deviations (m, s of dNLL; m_k, s_k of KL) are the true ones.
+    The smaller of two normal-theory sizes, each `((z_test + z_power) * s / distance)^2`:
+
+    * detect: distance |m| at level alpha / family_size, two-sided (the strictest step of Holm); or, where m_k
+      exceeds the margin, distance m_k - margin at alpha / family_size, one-sided;
+    * show equivalence, where |m| and m_k are below the margin: the larger of distance margin - |m| (z_power
+      at 1 - (1 - power) / 2, as both sides have to pass) and distance margin - m_k, at level alpha.
+
+    At least one document more than there are, and enough for a sign-flip test to reach alpha / family_size at
+    all (2^(1 - n) <= alpha / family_size). An estimate as noisy as the means it starts from.
+
+    Args:
+        dnll: [documents, columns], nats/token.
+        kl: [documents, columns], nats/token.
+        family_size: tests in the Holm family.
+        config: margin, alpha and power.
+
+    Returns:
+        Whole numbers [columns], inf where a billion documents would not do.
+    """
+
+    def size(distance: Floats, deviation: Floats, alpha: float, power: float) -> Floats:
+        reachable = distance > 1e-9 * config.margin  # nearer than that, the distance is rounding
+        needed = normal_sample_size_one_tail(np.where(reachable, distance, 1.0), power, alpha, deviation)
+        return np.where(reachable & (needed < 1e9), needed, np.inf)
+
+    strict = config.alpha / family_size
+    mean, deviation = np.abs(dnll.mean(axis=0)), dnll.std(axis=0, ddof=1)
+    kl_mean, kl_deviation = kl.mean(axis=0), kl.std(axis=0, ddof=1)
+    detect = np.minimum(
+        size(mean, deviation, strict / 2, config.power),
+        size(kl_mean - config.margin, kl_deviation, strict, config.power),
+    )
+    equivalent = np.maximum(
+        size(config.margin - mean, deviation, config.alpha, (1 + config.power) / 2),
+        size(config.margin - kl_mean, kl_deviation, config.alpha, config.power),
+    )
+    floor = max(len(dnll) + 1, int(np.ceil(1 + np.log2(1 / strict))))
+    return np.maximum(np.ceil(np.minimum(detect, equivalent)), floor)

@@ -1,0 +1,195 @@
+"""The words and the number formats of the report: tables in, sentences out, in plain text.
+
+Nothing here is markup: the HTML template escapes what it is given, and `markdown` does it for report.md.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attnres.probe.plotting import SUBLAYER_NAMES, number, plain
+from attnres.probe.report_tables import Tables
+
+_SECRET = re.compile(r"(?i)(passw|secret|credential|api_?key|access_?key|^token$|_token$|authorization)")
+_DECIDED = {
+    "trained larger": "larger than in",
+    "baseline larger": "smaller than in",
+    "equivalent": "equivalent to",
+}
+
+
+def cell_name(row: Mapping[str, Any]) -> str:
+    """A cell in words: `embedding → early MLP`."""
+    return f"{row['family']} → {row['band']} {SUBLAYER_NAMES.get(row['sublayer'], row['sublayer'])}"
+
+
+def disagreements(contrasts: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
+    """Cells whose decided verdict differs between baselines: (cell in words, {baseline: decided verdict})."""
+    found = []
+    for _, rows in contrasts.groupby("cell", sort=False):
+        decided = rows[rows["verdict"].isin(list(_DECIDED))]
+        if decided["verdict"].nunique() > 1:
+            pairs = dict(zip(decided["baseline"], decided["verdict"], strict=True))
+            found.append((cell_name(decided.iloc[0].to_dict()), pairs))
+    return found
+
+
+def headline(tables: Tables) -> list[str]:
+    """The verdict in plain sentences; where the baselines disagree, the first says so."""
+    lines, trained = [], tables.trained
+    clashes = disagreements(tables.contrasts)
+    if clashes:
+        shared = tables.contrasts["cell"].nunique()
+        name, verdicts = clashes[0]
+        against = " and ".join(f"{_DECIDED[verdict]} {baseline}" for baseline, verdict in verdicts.items())
+        lines.append(
+            f"The baselines disagree on {len(clashes)} of {shared} cells: for example, the trained effect of "
+            f"{name} is {against}. What training added can only be read from a baseline that shares the "
+            f"trained model's source convention: {_same_convention(tables)}."
+        )
+    grid = tables.cells[
+        (tables.cells["model"] == trained) & (tables.cells["intervention"] == tables.intervention)
+    ]
+    eligible = grid[grid["eligible"]]
+    count = eligible["verdict"].value_counts()
+    outcome = ", ".join(f"{count.get(v, 0)} {v}" for v in ("causal", "null", "inconclusive"))
+    text = f"{trained}: {len(eligible)} of {len(grid)} cells could be tested: {outcome}."
+    if eligible["dnll"].notna().any():
+        top = eligible.loc[eligible["dnll"].abs().idxmax()].to_dict()
+        size = f"{nats(top['dnll'])} nats/token [{interval(top, 'dnll')}]"
+        text += f" The largest effect is {size}, {cell_name(top)}."
+    lines.append(text)
+    for baseline, rows in tables.contrasts.groupby("baseline", sort=False):
+        count = rows["verdict"].value_counts()
+        lines.append(
+            f"Against {baseline}, over {len(rows)} cells eligible in both: the trained effect is larger in "
+            f"{count.get('trained larger', 0)}, smaller in {count.get('baseline larger', 0)}, equivalent in "
+            f"{count.get('equivalent', 0)}, undecided in {count.get('inconclusive', 0)}."
+        )
+    idle = eligible[eligible["appreciable"] & (eligible["verdict"] == "null")]
+    names = "; ".join(cell_name(r) for r in idle.to_dict("records"))
+    lines.append(
+        f"Appreciable mass without a detectable role (null): {names}."
+        if names
+        else "No cell of the trained model carries appreciable mass and is null."
+    )
+    for row in tables.summary.get("dissociation", []):
+        if row.get("model", trained) != trained:
+            continue
+        told = {k: row.get(k) or "–" for k in ("sublayer", "largest_mass", "largest_effect", "verdict")}
+        lines.append(
+            f"In {SUBLAYER_NAMES.get(told['sublayer'], told['sublayer'])} the largest mass is "
+            f"{told['largest_mass']}, the largest effect {told['largest_effect']}: {told['verdict']}."
+        )
+    return lines
+
+
+def _same_convention(tables: Tables) -> str:
+    """The baselines that see the sources as the trained model does, in words."""
+    seen = {m.get("name"): m.get("convention") for m in tables.summary["models"]}
+    baselines = [b for b in dict.fromkeys(tables.contrasts["baseline"]) if seen.get(b) is not None]
+    if seen.get(tables.trained) is None or not baselines:
+        return "see the table of models"
+    return ", ".join(b for b in baselines if seen[b] == seen[tables.trained]) or "none of these does"
+
+
+def warnings(tables: Tables) -> list[str]:
+    """What a reader must know before any number: a partial grid, a failed check, an unverified checkpoint."""
+    summary, found = tables.summary, []
+    grid = summary.get("grid", {})
+    if grid and not grid.get("complete", True):
+        families = ", ".join(map(str, grid.get("families", []))) or "not stated"
+        found.append(
+            f"This report holds part of the grid: {grid.get('run_cells', '?')} of "
+            f"{grid.get('candidate_cells', '?')} candidate cells (families: {families}). Holm's correction "
+            f"is over the full preregistered grid. {grid.get('note', '')}".strip()
+        )
+    failed = [c for c in summary.get("checks", []) if not c.get("passed")]
+    if failed:
+        names = "; ".join(f"{c.get('name', '?')} ({c.get('model', '?')})" for c in failed)
+        found.append(f"{len(failed)} check(s) failed: {names}. The results below are not to be relied on.")
+    for model in summary.get("models", []):
+        if model.get("verified") is False:
+            found.append(
+                f"The checkpoint of {model.get('name', '?')} ({model.get('path', '?')}) was loaded "
+                "unverified: it has no manifest of hashes, so nothing shows that its files are those saved."
+            )
+    seen = set()
+    for table in (tables.effects, tables.mass):
+        for _, rows in table.groupby("model"):
+            seen.add(frozenset(zip(rows["window"], rows["document"], rows["split"], strict=True)))
+    if len(seen) > 1:
+        found.append("The models were not probed on the same windows: the contrasts below are not paired.")
+    return found
+
+
+def nats(value: Any) -> str:
+    """An effect in nats/token, signed."""
+    return number(float(value)) if _is_number(value) else "–"
+
+
+def interval(row: Mapping[str, Any], name: str) -> str:
+    """The confidence interval of column `name`: signed for effects, plain for what cannot be negative."""
+    form = nats if name in ("dnll", "diff") else share
+    return f"{form(row[f'{name}_lo'])}, {form(row[f'{name}_hi'])}"
+
+
+def share(value: Any) -> str:
+    """A weight or a share, three significant digits."""
+    return plain(float(value)) if _is_number(value) else "–"
+
+
+def probability(value: Any) -> str:
+    """A p-value: three significant digits, and no pretence below one in ten thousand."""
+    if not _is_number(value):
+        return "–"
+    return "<0.0001" if float(value) < 1e-4 else f"{float(value):.3g}"
+
+
+def count(value: Any) -> str:
+    """A whole number with thin separators; other values as they are; an en dash for nothing."""
+    if isinstance(value, bool) or value is None or value == "":
+        return "–"
+    if not _is_number(value):
+        return "–" if isinstance(value, float) else str(value)
+    return (
+        f"{float(value):,.0f}".replace(",", "\u202f") if float(value).is_integer() else f"{float(value):.4g}"
+    )
+
+
+def slug(text: object) -> str:
+    """A word that is safe in a file name, an anchor or a class."""
+    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-")[:40] or "x"
+
+
+def markdown(text: object) -> str:
+    """Text for report.md: one line, no control characters (terminals obey them), no markup."""
+    clean = "".join(c if c.isprintable() else " " for c in str(text))
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(clean.split()))
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table whose columns line up in a terminal."""
+    grid = [list(headings)] + [[markdown(v) for v in row] for row in rows]
+    widths = [max(3, *(len(row[k]) for row in grid)) for k in range(len(headings))]
+    lines = ["| " + " | ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)) + " |" for row in grid]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float | np.number)
+        and not isinstance(value, bool)
+        and bool(np.isfinite(value))
+    )
+
+
+def redact(value: Any) -> Any:
+    """The same provenance with the values of keys that sound like a secret left out."""
+    if isinstance(value, Mapping):
+        return {k: "(not shown)" if _SECRET.search(str(k)) else redact(v) for k, v in value.items()}
+    return [redact(v) for v in value] if isinstance(value, list | tuple) else value

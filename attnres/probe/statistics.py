@@ -1,0 +1,344 @@
+"""Statistics of the probe: tidy tables of effects and mass in, tables of cells and contrasts out.
+
+The unit is the document: a document's windows are averaged first and documents weigh the same however many
+windows they have, because windows of one document are not independent. Design: every model and cell is
+measured on the same windows, which makes contrasts between models paired; a table that breaks this is
+refused, never patched. Every test reads one split only, "confirm" by default, so that what the pilot split
+suggested is tested on documents that did not suggest it.
+
+The result does not depend on the order of rows in `effects` and `mass`, on how documents are numbered, or on
+which other cells are there (except through the size of the Holm family). Rows come out in the order of
+`eligibility`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from attnres.errors import ConfigError, DataError, NumericsError
+from attnres.probe.inference import (
+    StatisticsConfig,
+    adjust_p,
+    bca_interval,
+    documents_needed,
+    equivalence_p,
+    one_sided_p,
+    sign_flip_p,
+)
+
+__all__ = ["StatisticsConfig", "cell_table", "contrast_table", "document_means", "grid_candidates"]
+
+SLICE = ["family", "sublayer", "band"]
+EFFECTS = ["dnll", "kl", "flips"]
+MASSES = ["mass", "uniform_share", "norm_share", "displacement"]
+CELL_COLUMNS = [
+    *("model", "cell", "intervention", *SLICE, "eligible", "reason", "eligible_reads", "mean_sources"),
+    *("documents", "windows", "mass", "mass_lo", "mass_hi", "uniform_share", "uniform_excess", "appreciable"),
+    *("norm_share", "displacement", "dnll", "dnll_lo", "dnll_hi", "p", "p_holm", "tost_p"),
+    *(
+        "kl",
+        "kl_lo",
+        "kl_hi",
+        "kl_upper_p",
+        "kl_lower_p",
+        "kl_lower_holm",
+        "flips",
+        "verdict",
+        "documents_needed",
+    ),
+]
+CONTRAST_COLUMNS = [
+    *("baseline", "cell", "intervention", *SLICE, "documents", "windows", "diff", "diff_lo", "diff_hi"),
+    *("p", "p_holm", "tost_p", "trained_dnll", "baseline_dnll", "verdict"),
+]
+# A wrap's uniform routing equals |F| / S to this precision only, and that is not an excess.
+MASS_TOLERANCE = 1e-6
+
+
+def document_means(
+    table: pd.DataFrame, units: Sequence[str], values: Sequence[str], split: str
+) -> tuple[pd.DataFrame, int]:
+    """Means by document over its windows.
+
+    Args:
+        table: tidy, one row per unit x window, with columns `document`, `window`, `split`, the units' and the
+            values'.
+        units: columns that together name what was measured, e.g. model and cell.
+        values: columns to average.
+        split: the split to read.
+
+    Returns:
+        A frame indexed by document with columns (value, *unit), and the number of windows.
+
+    Raises:
+        ValueError: a column is missing, a row is repeated, or units differ in their windows.
+        NumericsError: a value is not finite.
+        DataError: the split has fewer than two documents.
+    """
+    missing = [name for name in (*units, *values, "document", "window", "split") if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"table of {', '.join(values)} lacks the columns {missing}: pass the one of the probe's runner"
+        )
+    rows = table[table["split"] == split]
+    finite = np.isfinite(rows[list(values)].to_numpy(dtype=np.float64)).all(axis=1)
+    if not finite.all():
+        where = ", ".join(str(value) for value in rows.loc[~finite, [*units, "window"]].iloc[0])
+        raise NumericsError(
+            f"non-finite {'/'.join(values)} in {(~finite).sum()} rows, first at {where}: check the model"
+        )
+    if rows.duplicated([*units, "document", "window"]).any():
+        raise ValueError(f"repeated rows of one {' x '.join(units)} x window: write each only once")
+    # The pivot sorts documents and windows: sums do not depend on the order of rows.
+    wide = rows.pivot(index=["document", "window"], columns=list(units), values=list(values)).astype(
+        np.float64
+    )
+    if wide.isna().to_numpy().any():
+        raise ValueError(
+            f"not every {' x '.join(units)} of split {split!r} was measured on the same windows: "
+            "rerun the missing ones"
+        )
+    means = wide.groupby(level="document").mean()
+    if len(means) < 2:
+        raise DataError(
+            f"split {split!r} has {len(means)} document(s) and statistics by document need at least 2: "
+            "raise the number of probe documents or the split's fraction"
+        )
+    return means, len(wide)
+
+
+def grid_candidates(effects: pd.DataFrame, eligibility: pd.DataFrame) -> pd.DataFrame:
+    """Candidate cells of each model, crossed with the interventions found in `effects`, in the order of
+    `eligibility`.
+
+    Args:
+        effects: tidy effects of every split.
+        eligibility: one row per model x candidate.
+
+    Returns:
+        `eligibility` with `intervention`, `cell` (its string id) and `ran` (effects are there).
+
+    Raises:
+        ValueError: effects of a cell that `eligibility` does not list, or of one id with two meanings.
+    """
+    interventions = sorted(effects["intervention"].unique()) or ["mask"]
+    design = effects[["cell", "intervention", *SLICE]].drop_duplicates()
+    if design.duplicated("cell").any() or design.duplicated(["intervention", *SLICE]).any():
+        raise ValueError(
+            "effects name one cell in two ways: an id must stand for one intervention, family, sublayer, band"
+        )
+    grid = pd.DataFrame({"intervention": interventions}).merge(eligibility, how="cross")
+    grid = grid.merge(design, how="left", on=["intervention", *SLICE])
+    unnamed = grid["cell"].isna()
+    composed = [
+        f"{row.intervention}:{row.family}@{row.sublayer}.{row.band}" for row in grid[unnamed].itertuples()
+    ]
+    grid.loc[unnamed, "cell"] = composed
+    measured = set(effects[["model", "cell"]].drop_duplicates().itertuples(index=False, name=None))
+    listed = list(zip(grid["model"], grid["cell"], strict=True))
+    if len(set(listed)) != len(listed):
+        raise ValueError("eligibility repeats a candidate cell: one row per model, family, sublayer and band")
+    unlisted = measured - set(listed)
+    if unlisted:
+        raise ValueError(
+            f"effects of {sorted(unlisted)[0]} but eligibility does not list it: pass both from one run"
+        )
+    grid["eligible"] = grid["eligible"].astype(bool)
+    grid["ran"] = [key in measured for key in listed]
+    order = {model: place for place, model in enumerate(eligibility["model"].unique())}
+    grid = grid.sort_values("model", key=lambda column: column.map(order), kind="stable")
+    return grid.reset_index(drop=True)
+
+
+def _family_size(candidates: int, excluded: int, tested: int, config: StatisticsConfig) -> int:
+    """Tests in a Holm family: the preregistered candidates less those known to be excluded by the
+    architecture.
+
+    Candidates of other jobs that this one does not list count as tested, which can only make the correction
+    stricter.
+    """
+    size = (config.grid_cells or candidates) - excluded
+    if size < tested:
+        raise ConfigError(
+            f"statistics.grid_cells={config.grid_cells} leaves {size} cells to test after {excluded} "
+            f"exclusions, but {tested} were tested: set it to the candidates of the whole preregistered grid"
+        )
+    config.require_resolution(max(size, 1))
+    return size
+
+
+def _interval(values: np.ndarray, config: StatisticsConfig) -> tuple[np.ndarray, np.ndarray]:
+    return bca_interval(values, config.bootstrap, 1 - config.alpha, config.seed)
+
+
+def cell_table(
+    effects: pd.DataFrame,
+    mass: pd.DataFrame,
+    eligibility: pd.DataFrame,
+    config: StatisticsConfig,
+    split: str = "confirm",
+) -> pd.DataFrame:
+    """Statistics and verdict of each cell: the table `cells.csv`.
+
+    Verdicts, in this order: "excluded"; "null" if TOST on dNLL and the upper test on KL both pass the margin,
+    even where p is small; "causal" if Holm's p of dNLL or of "KL exceeds the margin" is at most alpha; else
+    "inconclusive", with `documents_needed`. Holm runs within a model, over the preregistered grid (see
+    `StatisticsConfig.grid_cells` and `adjust_p`). Candidates that are eligible but were not run (part of a
+    grid) have no row.
+
+    Args:
+        effects: one row per model x cell x window, both splits; dnll and kl in nats/token.
+        mass: one row per model x slice x window.
+        eligibility: one row per model x candidate.
+        config: margin, level, resampling, size of the grid.
+        split: the split that is tested.
+
+    Returns:
+        One row per model x candidate, columns `CELL_COLUMNS`; `appreciable` says that the lower limit of the
+        mass exceeds its uniform share |F| / S.
+
+    Raises:
+        ValueError: tables that do not fit each other.
+        ConfigError: a grid larger than the flips can resolve, or smaller than what was tested.
+        DataError: fewer than two documents.
+        NumericsError: a value is not finite.
+    """
+    grid = grid_candidates(effects, eligibility)
+    tested = grid[grid["eligible"] & grid["ran"]]
+    if len(tested):
+        means, windows = document_means(effects, ["model", "cell"], EFFECTS, split)
+        keys = pd.MultiIndex.from_frame(tested[["model", "cell"]])
+        absent = keys.difference(means["dnll"].columns)
+        if len(absent):
+            raise ValueError(
+                f"no effects of {absent[0]} in split {split!r} but there are in others: rerun that cell"
+            )
+        dnll, kl = means["dnll"][keys].to_numpy(), means["kl"][keys].to_numpy()
+        found = pd.DataFrame({"documents": len(means), "windows": windows}, index=tested.index)
+        found["dnll"], found["kl"] = dnll.mean(axis=0), kl.mean(axis=0)
+        found["flips"] = means["flips"][keys].to_numpy().mean(axis=0)
+        found["dnll_lo"], found["dnll_hi"] = _interval(dnll, config)
+        found["kl_lo"], found["kl_hi"] = _interval(kl, config)
+        found["p"] = sign_flip_p(dnll, config.sign_flips, config.seed)
+        found["tost_p"] = equivalence_p(dnll, config.margin)
+        found["kl_upper_p"] = one_sided_p(kl, config.margin, "less")
+        found["kl_lower_p"] = one_sided_p(kl, config.margin, "greater")
+        for model, rows in grid.groupby("model"):
+            mine = tested["model"] == model
+            here = tested.index[mine]
+            size = _family_size(len(rows), int((~rows["eligible"]).sum()), len(here), config)
+            if len(here) == 0:
+                continue
+            found.loc[here, "p_holm"] = adjust_p(found.loc[here, "p"], size)
+            found.loc[here, "kl_lower_holm"] = adjust_p(found.loc[here, "kl_lower_p"], size)
+            found.loc[here, "documents_needed"] = documents_needed(dnll[:, mine], kl[:, mine], size, config)
+        grid = grid.join(found)
+    grid = grid[~grid["eligible"] | grid["ran"]]
+    grid = _with_mass(grid, mass, config, split).reindex(columns=CELL_COLUMNS)
+    eligible = grid["eligible"].to_numpy(dtype=bool)
+    null = (grid["tost_p"] <= config.alpha) & (grid["kl_upper_p"] <= config.alpha)
+    causal = (grid["p_holm"] <= config.alpha) | (grid["kl_lower_holm"] <= config.alpha)
+    grid["verdict"] = np.select([~eligible, null, causal], ["excluded", "null", "causal"], "inconclusive")
+    needed = grid["documents_needed"].where(
+        (grid["verdict"] == "inconclusive") & np.isfinite(grid["documents_needed"])
+    )
+    grid["documents_needed"] = needed.astype("Int64")
+    return grid.astype({"documents": "Int64", "windows": "Int64"}).reset_index(drop=True)
+
+
+def _with_mass(grid: pd.DataFrame, mass: pd.DataFrame, config: StatisticsConfig, split: str) -> pd.DataFrame:
+    """`grid` with the mass of each cell's slice; NaN, and not appreciable, where an excluded cell has
+    none."""
+    if len(mass) == 0:
+        summary = pd.DataFrame(columns=["model", *SLICE, *MASSES, "mass_lo", "mass_hi"])
+    else:
+        means, _ = document_means(mass, ["model", *SLICE], MASSES, split)
+        summary = pd.DataFrame({name: means[name].mean() for name in MASSES})
+        summary["mass_lo"], summary["mass_hi"] = _interval(means["mass"].to_numpy(), config)
+        summary = summary.reset_index()
+    grid = grid.merge(summary, how="left", on=["model", *SLICE])
+    lacking = grid[grid["eligible"] & grid["mass"].isna()]
+    if len(lacking):
+        row = lacking.iloc[0]
+        raise ValueError(
+            f"no mass of {row['cell']} in {row['model']}: pass the mass of the run that measured its effect"
+        )
+    grid["uniform_excess"] = grid["mass"] - grid["uniform_share"]
+    grid["appreciable"] = (grid["mass_lo"] - grid["uniform_share"]) > MASS_TOLERANCE
+    return grid
+
+
+def contrast_table(
+    effects: pd.DataFrame,
+    eligibility: pd.DataFrame,
+    config: StatisticsConfig,
+    trained: str = "attnres",
+    split: str = "confirm",
+) -> pd.DataFrame:
+    """Paired contrasts of dNLL, trained model less baseline, with every other model in turn: the table
+    `contrasts.csv`.
+
+    Windows are paired, then averaged by document. Each baseline has its own Holm family: the cells eligible
+    in both models. Verdicts, in this order (as for cells, what is within the margin is not called a
+    difference): "equivalent" if TOST passes the margin, "trained larger" or "baseline larger" (of signed
+    dNLL) if Holm's p is at most alpha, else "inconclusive".
+
+    Args:
+        effects: one row per model x cell x window, both splits; dnll in nats/token.
+        eligibility: one row per model x candidate.
+        config: margin, level, resampling, size of the grid.
+        trained: name of the trained model.
+        split: the split that is tested.
+
+    Returns:
+        One row per baseline x cell that is eligible in both and was run on both, columns `CONTRAST_COLUMNS`;
+        no rows where there is no baseline.
+
+    Raises:
+        ValueError: the trained model is missing, or windows differ between models.
+        ConfigError, DataError, NumericsError: as `cell_table`.
+    """
+    grid = grid_candidates(effects, eligibility)
+    models = list(grid["model"].unique())
+    if trained not in models:
+        raise ValueError(
+            f"trained model {trained!r} is not in the table, which has {models}: pass one of these names"
+        )
+    tables = [pd.DataFrame(columns=CONTRAST_COLUMNS)]
+    mine = grid[grid["model"] == trained]
+    for baseline in (model for model in models if model != trained):
+        other = grid.loc[grid["model"] == baseline, ["cell", "eligible", "ran"]]
+        pairs = mine.merge(other, on="cell", suffixes=("", "_other"))
+        both = pairs["eligible"] & pairs["eligible_other"]
+        cells = pairs[both & pairs["ran"] & pairs["ran_other"]].reset_index(drop=True)
+        size = _family_size(len(pairs), int((~both).sum()), len(cells), config)
+        if len(cells) == 0:
+            continue
+        of_pair = effects[effects["model"].isin([trained, baseline]) & effects["cell"].isin(cells["cell"])]
+        means, windows = document_means(of_pair, ["model", "cell"], ["dnll"], split)
+        ours, theirs = (means["dnll"][name][cells["cell"]].to_numpy() for name in (trained, baseline))
+        diff = ours - theirs
+        low, high = _interval(diff, config)
+        p = sign_flip_p(diff, config.sign_flips, config.seed)
+        table = cells.assign(
+            baseline=baseline,
+            documents=len(means),
+            windows=windows,
+            diff=diff.mean(axis=0),
+            diff_lo=low,
+            diff_hi=high,
+            p=p,
+            p_holm=adjust_p(p, size),
+            tost_p=equivalence_p(diff, config.margin),
+            trained_dnll=ours.mean(axis=0),
+            baseline_dnll=theirs.mean(axis=0),
+        )
+        different = table["p_holm"] <= config.alpha
+        table["verdict"] = np.select(
+            [table["tost_p"] <= config.alpha, different & (table["diff"] > 0), different],
+            ["equivalent", "trained larger", "baseline larger"],
+            "inconclusive",
+        )
+        tables.append(table[CONTRAST_COLUMNS])
+    return pd.concat(tables[1:] or tables, ignore_index=True)

@@ -1,0 +1,136 @@
+"""Where a result came from: code, versions, hardware, seeds and the command. Nothing secret."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "lightning",
+    "hydra-core",
+    "datasets",
+    "tokenizers",
+    "torchmetrics",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "statsmodels",
+    "wandb",
+)
+# `tokenizer` and `max_tokens` are not secrets; `token` and `hf_token` are.
+_SECRET = re.compile(r"(^|[._-])token$|secret|passw|credential|api[_-]?key|access[_-]?key", re.IGNORECASE)
+
+
+def git_state() -> dict[str, Any]:
+    """`{"sha": ..., "dirty": ...}` of the repository that holds this package; both None without git."""
+    here = Path(__file__).resolve().parent
+    sha = _git(here, "rev-parse", "HEAD")
+    # A package installed inside somebody else's repository is not described by that repository's commit.
+    if sha is None or not _git(here, "ls-files", "--", "provenance.py"):
+        return {"sha": None, "dirty": None}
+    status = _git(here, "status", "--porcelain", "--untracked-files=no")
+    return {"sha": sha, "dirty": None if status is None else bool(status)}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that results depend on; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads and accelerators."""
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def collect(command: str, seeds: Mapping[str, int], hashes: Mapping[str, str | None]) -> dict[str, Any]:
+    """One record of where a result came from, as plain containers.
+
+    Args:
+        command: the command line; values of arguments whose names look like secrets are masked.
+        seeds: every seed that was used, by name.
+        hashes: fingerprints of configuration, data, tokenizer, checkpoint, by name.
+    """
+    return {
+        "command": redact(command),
+        "git": git_state(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "seeds": dict(seeds),
+        "hashes": dict(hashes),
+    }
+
+
+def redact(command: str) -> str:
+    """Masks the values of `key=value` and `--key value` arguments whose key looks like a secret."""
+    words = command.split(" ")
+    for i, word in enumerate(words):
+        key, separator, _ = word.partition("=")
+        if separator and _SECRET.search(key):
+            words[i] = f"{key}=***"
+        elif i and words[i - 1].startswith("--") and "=" not in words[i - 1] and _SECRET.search(words[i - 1]):
+            words[i] = "***"
+    return " ".join(words)
+
+
+def command_line() -> str:
+    """The command that started this process."""
+    return " ".join([Path(sys.executable).name, *sys.argv])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all: a flushed temporary file beside it, then a rename."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
