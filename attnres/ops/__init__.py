@@ -6,13 +6,14 @@ One selector, `backend`, serves all three.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from attnres.ops import batched
-from attnres.ops.batched import Merged, PreparedBlock, ReadParameters, current_logit
+from attnres.ops.batched import Merged, PreparedBlock, ReadParameters
 
 __all__ = [
     "Merged",
@@ -47,6 +48,12 @@ def _select(backend: str, like: Tensor) -> ModuleType:
     if backend == "auto":
         return batched
     raise ValueError(f"{refusal}; use backend='torch', or 'auto', which takes the torch path here")
+
+
+def _full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Autocast switched off: a read computes in fp32 inside, whatever surrounds it."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _check(sources: Sequence[Tensor], reads: Sequence[ReadParameters], num_sources: int) -> None:
@@ -102,7 +109,8 @@ def depth_mix(
     _check(sources, [read], len(sources))
     if bias is not None and not torch.compiler.is_compiling() and bool(torch.isneginf(bias).all(-1).any()):
         raise ValueError("bias: a row removes every source (-inf throughout); leave at least one finite entry")
-    block = _select(backend, sources[0]).prepare_block(sources, [read], eps)
+    with _full_precision(sources[0]):
+        block = _select(backend, sources[0]).prepare_block(sources, [read], eps)
     weights = torch.softmax(block.logits[..., 0, :], dim=-1)
     return block.mixed[0].to(sources[0].dtype), weights
 
@@ -119,7 +127,8 @@ def prepare_block(
         eps: added to the mean square of a source.
         backend: as in `depth_mix`.
     """
-    return _select(backend, sources[0]).prepare_block(sources, reads, eps)
+    with _full_precision(sources[0]):
+        return _select(backend, sources[0]).prepare_block(sources, reads, eps)
 
 
 def merge(
@@ -149,7 +158,8 @@ def merge(
         backend: as in `depth_mix`.
     """
     run = _select(backend, block.mixed[index]).merge
-    return run(block, index, current, update, read, norm_weight, eps, norm_eps, dtype)
+    with _full_precision(block.mixed[index]):
+        return run(block, index, current, update, read, norm_weight, eps, norm_eps, dtype)
 
 
 def log_weights(block: PreparedBlock, index: int, logit: Tensor | None) -> Tensor:
@@ -164,6 +174,12 @@ def log_weights(block: PreparedBlock, index: int, logit: Tensor | None) -> Tenso
     if logit is not None:
         logits = torch.cat([logits, logit.unsqueeze(-1)], dim=-1)
     return torch.log_softmax(logits, dim=-1)
+
+
+def current_logit(current: Tensor, read: ReadParameters, eps: float = 1e-6) -> Tensor:
+    """Logit `[B, T]` of the running state `current [B, T, D]`, whose bias is the last entry; fp32 (fp64)."""
+    with _full_precision(current):
+        return batched.current_logit(current, read, eps)
 
 
 def mix_and_norm(

@@ -209,7 +209,7 @@ def merge(
 
 
 def current_logit(current: Tensor, read: ReadParameters, eps: float) -> Tensor:
-    """Logit `[B, T]` of the running state `current [B, T, D]`, whose bias is the last entry; fp32 (fp64)."""
+    """Plain-torch `attnres.ops.current_logit`; one pass over the state, so it needs no other backend."""
     state = current.to(_exact(current.dtype))
     logit = _rstd(state, eps) * (state @ _folded(read, state.dtype))
     return logit if read.bias is None else logit + read.bias[..., -1:].to(state.dtype)

@@ -1,0 +1,82 @@
+"""The arrows between rooms: who may import whom, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "attnres"
+SHARED = {"errors", "version"}
+# room -> the other rooms and modules of the package that it may import
+ARROWS = {
+    "ops": set(),
+    "model": {"ops", "errors"},
+    "data": {"errors"},
+    "config": {"errors"},
+    "provenance": {"version"},
+    "run_folder": {"errors"},
+    "training": {"ops", "model", "data", "config", "provenance", "run_folder", "errors", "version"},
+    "probe": {"ops", "model", "data", "config", "provenance", "run_folder", "errors", "version"},
+    "cli": {"training", "probe", "config", "provenance", "errors"},
+}
+TABLES_ONLY = ("statistics", "inference", "dissociation", "claims", "report", "report_tables", "report_text", "figures",
+               "figures_cells", "plotting")  # fmt: skip
+# library -> where it may be imported
+CONFINED = {
+    "hydra": {"cli.py"},
+    "omegaconf": {"cli.py"},
+    "lightning": {"training", "data", "probe/runner.py"},
+    "triton": {"ops/triton_"},
+    "wandb": {"training"},
+    "torchmetrics": {"training"},
+    "jinja2": {"probe/report.py"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file names in an import, lazy ones included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_along_the_arrows(path):
+    mine = room(path)
+    if mine in ("__init__", *SHARED):
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "attnres" and len(parts) > 1:
+            other = parts[1]
+            assert other == mine or other in ARROWS[mine], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_libraries_stay_in_their_rooms(path):
+    where = str(path.relative_to(PACKAGE))
+    for name in imports(path):
+        allowed = CONFINED.get(name.split(".")[0])
+        assert allowed is None or any(where.startswith(place) for place in allowed), f"{where} imports {name}"
+
+
+@pytest.mark.parametrize("name", TABLES_ONLY)
+def test_tables_never_import_the_model(name):
+    for imported in imports(PACKAGE / "probe" / f"{name}.py"):
+        assert not imported.startswith(("torch", "transformers", "attnres.model", "attnres.probe.runner")), imported
+
+
+def test_every_room_has_its_arrows():
+    assert {room(path) for path in FILES} - {"__init__"} == set(ARROWS) | SHARED

@@ -1,0 +1,126 @@
+"""The two commands on a tiny corpus: train both arms, probe, read what was written; then parts of the grid."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAST = (
+    "data.max_bytes=600000 data.vocab_size=300 data.sequence_length=32 data.cache_dir={tmp}/cache runs_dir={tmp}/runs "
+    "model.hidden_size=32 model.intermediate_size=48 model.head_dim=8 model.num_hidden_layers=6 "
+    "trainer.max_steps=6 trainer.global_batch_size=4 trainer.micro_batch_size=2 trainer.val_batches=1 "
+    "trainer.checkpoint_every_steps=3 optim.warmup_steps=2 logger.wandb=disabled trainer.threads=1"
+)
+PROBE = (
+    "runs_dir={tmp}/runs cache_dir={tmp}/cache threads=1 ckpt={tmp}/runs/attnres_tiny probe.length=32 "
+    "probe.documents_pilot=4 probe.documents_confirm=6 probe.batch_size=4 statistics.sign_flips=999 "
+    "statistics.bootstrap=100"
+)
+WRITTEN = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parquet", "cells.csv", "contrasts.csv",
+           "summary.json", "report.html", "report.md", "figures")  # fmt: skip
+
+
+def run(tmp: Path, script: str, settings: str, *more: str, code: int = 0) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, script, *settings.format(tmp=tmp).split(), *more]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    tmp = tmp_path_factory.mktemp("project")
+    run(tmp, "train.py", FAST, "model.attnres_num_blocks=3")
+    run(tmp, "train.py", FAST, "+experiment=vanilla_tiny")
+    return tmp
+
+
+@pytest.fixture(scope="module")
+def probed(trained) -> Path:
+    report = Path(run(trained, "probe.py", PROBE).stdout.strip().splitlines()[-1])
+    assert report.name == "report.html"
+    return report.parent
+
+
+def test_train_leaves_checkpoints_with_exports(trained):
+    (folder,) = (trained / "runs").glob("attnres_tiny-*")
+    assert json.loads((folder / "complete.json").read_text())["step"] == 6
+    for step in ("step_00000003", "step_00000006"):
+        assert (folder / "checkpoints" / step / "model" / "model.safetensors").is_file()
+
+
+def test_train_again_says_complete_and_reuses(trained):
+    (folder,) = (trained / "runs").glob("attnres_tiny-*")
+    before = (folder / "complete.json").stat().st_mtime_ns
+    done = run(trained, "train.py", FAST, "model.attnres_num_blocks=3")
+    assert "already complete" in done.stderr
+    assert done.stdout.strip() == str(folder)
+    assert (folder / "complete.json").stat().st_mtime_ns == before
+
+
+def test_probe_writes_what_it_promises(probed):
+    assert all((probed / name).exists() for name in WRITTEN)
+    cells = pd.read_csv(probed / "cells.csv")
+    assert list(cells["model"].unique()) == ["attnres", "recency", "uniform"]
+    assert (cells.groupby("model").size() == 24).all()
+    summary = json.loads((probed / "summary.json").read_text())
+    assert summary["grid"]["complete"] and all(check["passed"] for check in summary["checks"])
+    assert {model["verified"] for model in summary["models"]} == {True}
+
+
+def test_probe_compares_all_models_on_the_same_windows(probed):
+    effects = pd.read_parquet(probed / "effects.parquet")
+    seen = effects.groupby(["model", "cell"])["window"].apply(lambda windows: tuple(sorted(windows)))
+    assert seen.nunique() == 1
+    registered = json.loads((probed / "preregistration.json").read_text())
+    assert set(effects["cell"]) <= set(registered["cells"])
+
+
+def test_probe_twice_gives_the_same_tables(trained, probed):
+    before = (probed / "cells.csv").read_bytes()
+    run(trained, "probe.py", PROBE)
+    assert (probed / "cells.csv").read_bytes() == before
+
+
+def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(trained, probed):
+    run(trained, "probe.py", PROBE, "-m", "probe.families=embedding,older")
+    parts = sorted(set((trained / "runs").glob("probe_*/summary.json")) - {probed / "summary.json"})
+    assert len(parts) == 2
+    for path in parts:
+        grid = json.loads(path.read_text())["grid"]
+        assert (grid["run_cells"], grid["candidate_cells"], grid["complete"]) == (6, 24, False)
+        assert "6 of 24" in (path.parent / "report.html").read_text()
+    whole = pd.read_csv(probed / "cells.csv").set_index(["model", "cell"])
+    for path in parts:
+        part = pd.read_csv(path.parent / "cells.csv").set_index(["model", "cell"])
+        same = part.index
+        pd.testing.assert_series_equal(part["dnll"], whole.loc[same, "dnll"])
+        # What the rest of the grid would have given is unknown to a part, so it may only be stricter.
+        assert (part["p_holm"].dropna() >= whole.loc[same, "p_holm"].dropna()).all()
+
+
+def test_probe_without_a_baseline_names_the_command_that_makes_one(trained):
+    (vanilla,) = (trained / "runs").glob("vanilla_tiny-*")
+    hidden = vanilla.rename(trained / "hidden")
+    try:
+        done = run(trained, "probe.py", PROBE, code=2)
+        assert "python train.py +experiment=vanilla_tiny" in done.stderr
+    finally:
+        hidden.rename(vanilla)
+
+
+def test_probe_of_a_damaged_checkpoint_falls_back_loudly(trained):
+    (folder,) = (trained / "runs").glob("attnres_tiny-*")
+    weights = folder / "checkpoints" / "step_00000006" / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        done = run(trained, "probe.py", PROBE, "probe.families=embedding", "probe.sublayers=mlp", "probe.bands=early")
+        assert "CORRUPT CHECKPOINT" in done.stderr
+        run(trained, "probe.py", PROBE, f"ckpt={weights.parent}", code=4)
+    finally:
+        weights.write_bytes(whole)

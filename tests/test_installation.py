@@ -1,0 +1,63 @@
+"""One way to install: the Makefile's lines are the Dockerfile's, and they work in a fresh environment."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+INSTALL = ("-m venv", "-m pip install")
+
+
+def docker_lines() -> list[str]:
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^RUN (.*)$", text, re.MULTILINE)
+    return [line for line in lines if any(part in line for part in INSTALL)]
+
+
+def makefile_lines() -> list[str]:
+    names = {"$(PYTHON)": "python3", "$(PY)": ".venv/bin/python", "$(TORCH)": "$TORCH"}
+    lines = []
+    for line in (ROOT / "Makefile").read_text().splitlines():
+        if line.startswith("\t") and any(part in line for part in INSTALL):
+            for name, value in names.items():
+                line = line.replace(name, value)
+            lines.append(line.strip())
+    return lines
+
+
+def test_makefile_and_dockerfile_install_with_the_same_lines():
+    assert docker_lines() == makefile_lines()
+    assert len(docker_lines()) == 4
+
+
+def test_lock_holds_hashes_and_no_torch_or_cuda():
+    names = re.findall(r"^([a-z0-9._-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert {"transformers", "lightning", "hydra-core", "triton", "scipy", "pytest"} <= set(names)
+    assert not [name for name in names if name == "torch" or name.startswith(("nvidia", "cuda"))]
+    assert (ROOT / "requirements.lock").read_text().count("--hash=sha256:") > len(names)
+
+
+def test_default_torch_is_the_same_everywhere():
+    found = re.findall(r"torch==[0-9.]+", "".join((ROOT / n).read_text() for n in ("Makefile", "Dockerfile")))
+    assert set(found) == {"torch==2.13.0"}
+
+
+@pytest.mark.skipif("CI" not in os.environ and "ATTNRES_TEST_INSTALL" not in os.environ,
+                    reason="installs everything anew (minutes, needs the package index); set ATTNRES_TEST_INSTALL=1")  # fmt: skip
+def test_dockerfile_python_lines_work_in_a_fresh_environment(tmp_path):
+    for name in ("pyproject.toml", "requirements.lock", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "attnres", tmp_path / "attnres", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment.setdefault("TORCH", "torch==2.13.0")
+    for line in docker_lines():
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    check = "import attnres, attnres.cli, attnres.training.fit, attnres.probe.run; print(attnres.__file__)"
+    done = subprocess.run([".venv/bin/python", "-c", check], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
