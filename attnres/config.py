@@ -108,16 +108,14 @@ def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any
 
 
 def _unknown_field(cls: Any, key: str, where: str) -> ConfigError:
-    """Looks beside the key first, then in the groups below: `lr` at the top is probably `optim.lr`."""
+    """Suggests a key of that name in a group below (`lr` is `optim.lr`), else the nearest name here."""
     names = [field.name for field in dataclasses.fields(cls)]
-    if nearest(key, names) is None:
-        hints = typing.get_type_hints(cls)
-        for group in names:
-            inner = hints[group]
-            if dataclasses.is_dataclass(inner) and key in {field.name for field in dataclasses.fields(inner)}:
-                return ConfigError(
-                    f"unknown key {join(where, key)!r}; did you mean {join(where, join(group, key))!r}?"
-                )
+    hints = typing.get_type_hints(cls)
+    for group in names:
+        inner = hints[group]
+        if dataclasses.is_dataclass(inner) and key in {field.name for field in dataclasses.fields(inner)}:
+            meant = join(where, join(group, key))
+            return ConfigError(f"unknown key {join(where, key)!r}; did you mean {meant!r}?")
     return unknown_key(join(where, key), key, names, where)
 
 

@@ -87,7 +87,7 @@ def test_probe_twice_gives_the_same_tables(trained, probed):
 
 
 def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(trained, probed):
-    run(trained, "probe.py", PROBE, "-m", "probe.families=embedding,older")
+    run(trained, "probe.py", "-m " + PROBE, "probe.families=embedding,older")
     parts = sorted(set((trained / "runs").glob("probe_*/summary.json")) - {probed / "summary.json"})
     assert len(parts) == 2
     for path in parts:

@@ -109,7 +109,7 @@ def _tokenizer_identity(config: DataConfig) -> list[str] | None:
     """Digests of the files that decide an existing tokenizer and its end-of-text id."""
     if config.tokenizer is None:
         return None
-    file = find_tokenizer(config.tokenizer)
+    file = find_tokenizer(config.tokenizer, config.obtain)
     files = [file, file.with_name("tokenizer_config.json")]
     return [digest(path)["sha256"] for path in files if path.is_file()]
 
@@ -133,7 +133,7 @@ def _build(folder: Path, config: DataConfig) -> None:
         train_tokenizer(_training_texts(config, plan), config.vocab_size).save(str(folder / TOKENIZER))
         given = folder / TOKENIZER
     else:
-        given = find_tokenizer(config.tokenizer)
+        given = find_tokenizer(config.tokenizer, config.obtain)
         shutil.copyfile(given, folder / TOKENIZER)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     vocab_size, eos_id = vocabulary_size(tokenizer), end_of_text_id(tokenizer, given)

@@ -31,6 +31,7 @@ class DataConfig:
         probe_confirm: Expected fraction of documents on which a probe tests them; the rest is "train".
         cache_dir: Folder that holds the prepared corpora.
         max_bytes: Read documents, in source order, only while their UTF-8 text stays within this many bytes.
+        obtain: Command that makes missing files; it is told, never run.
 
     Raises:
         ConfigError: A field has an impossible value.
@@ -49,6 +50,7 @@ class DataConfig:
     probe_confirm: float = 0.20
     cache_dir: str = "cache"
     max_bytes: int | None = None
+    obtain: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.paths, str) or not isinstance(self.paths, Sequence):

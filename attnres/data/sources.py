@@ -56,7 +56,7 @@ def list_files(config: DataConfig) -> list[SourceFile]:
         roots = sorted({os.path.realpath(sysconfig.get_path(key)) for key in ("purelib", "platlib")})
         found = [file for root in roots for file in _walk(Path(root), PACKAGE_SUFFIXES)]
     else:
-        found = [file for path in config.paths for file in _expand(path)]
+        found = [file for path in config.paths for file in _expand(path, config.obtain)]
         found = list({os.path.realpath(file.path): file for file in found}.values())
     if not found:
         raise DataError(f"data.source={config.source}: no readable file found; point data.source elsewhere")
@@ -111,7 +111,7 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
     return sorted(found, key=lambda file: file.name)
 
 
-def _expand(pattern: str) -> list[SourceFile]:
+def _expand(pattern: str, obtain: str | None) -> list[SourceFile]:
     """The files that one entry of `data.paths` (a file, a folder or a glob) stands for."""
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -122,7 +122,8 @@ def _expand(pattern: str) -> list[SourceFile]:
     matches = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     matches = [match for match in matches if match.is_file()]
     if not matches:
-        raise DataError(f"data.paths: {pattern} does not exist; give an existing file, folder or glob")
+        remedy = f"make it with: {obtain}" if obtain else "give an existing file, folder or glob"
+        raise DataError(f"data.paths: {pattern} does not exist; {remedy}")
     for match in matches:
         if match.suffix not in FILE_SUFFIXES:
             raise DataError(f"data.paths: cannot read {match}; expected one of {', '.join(FILE_SUFFIXES)}")

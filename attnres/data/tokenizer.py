@@ -31,8 +31,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def find_tokenizer(path: str) -> Path:
-    """The `tokenizer.json` that `data.tokenizer` names.
+def find_tokenizer(path: str, obtain: str | None = None) -> Path:
+    """The `tokenizer.json` that `data.tokenizer` names; `obtain` is told where it is missing.
 
     Raises:
         DataError: There is none.
@@ -40,7 +40,8 @@ def find_tokenizer(path: str) -> Path:
     given = Path(path).expanduser()
     file = given / "tokenizer.json" if given.is_dir() else given
     if not file.is_file():
-        raise DataError(f"data.tokenizer: {file} does not exist; give a tokenizer.json or a folder with one")
+        remedy = f"make it with: {obtain}" if obtain else "give a tokenizer.json or a folder with one"
+        raise DataError(f"data.tokenizer: {file} does not exist; {remedy}")
     return file
 
 
