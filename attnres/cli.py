@@ -77,14 +77,18 @@ def _guarded(name: str, run: Callable[[dict[str, Any]], None]) -> None:
         told = _explain(error, name)
         _tell(told, told.code, debug)
     except KeyboardInterrupt:
-        _tell(RuntimeError("interrupted before anything could be saved; run the same command again"), _INTERRUPTED, debug)
+        _tell(
+            RuntimeError("interrupted before anything could be saved; run the same command again"), _INTERRUPTED, debug
+        )
     except OSError as error:
-        _tell(StorageError(f"{error.filename or 'file'}: {error.strerror}; check space and permissions"), StorageError.code, debug)
+        _tell(
+            StorageError(f"{error.filename or 'file'}: {error.strerror}; check space and permissions"),
+            StorageError.code,
+            debug,
+        )
 
 
-def _plain(
-    run: Callable[[dict[str, Any]], None], failures: list[AttnResError]
-) -> Callable[[DictConfig], None]:
+def _plain(run: Callable[[dict[str, Any]], None], failures: list[AttnResError]) -> Callable[[DictConfig], None]:
     """Hand a command plain containers: no room but this one knows Hydra's types.
 
     A failure is kept rather than raised through Hydra, which would add lines of its own; the other jobs of a sweep in

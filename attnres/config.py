@@ -65,7 +65,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where or 'configuration'}: expected a mapping, got {_describe(mapping)}")
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in mapping:
         if key not in fields:
             raise _unknown_field(cls, str(key), where)
@@ -74,7 +74,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         if name in mapping:
             values[name] = _convert(mapping[name], hints[name], join(where, name))
         elif dataclasses.is_dataclass(hints[name]):
-            values[name] = build(hints[name], {}, join(where, name))  # type: ignore[arg-type]
+            values[name] = build(hints[name], {}, join(where, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing key {join(where, name)!r}: set it to a {_name(hints[name])}")
     try:
@@ -123,7 +123,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)  # type: ignore[arg-type]
+        return value if isinstance(value, hint) else build(hint, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
@@ -164,11 +164,7 @@ def _name(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(map(repr, arguments))
     if origin is tuple:
-        return (
-            f"list of {_name(arguments[0])}"
-            if arguments[-1] is Ellipsis
-            else f"list of {len(arguments)} values"
-        )
+        return f"list of {_name(arguments[0])}" if arguments[-1] is Ellipsis else f"list of {len(arguments)} values"
     return getattr(hint, "__name__", str(hint))
 
 

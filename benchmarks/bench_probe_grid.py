@@ -88,7 +88,8 @@ def main() -> int:
                 seconds[name].append(statistics.median(values))
     floors = [
         sum(
-            seconds["readout"][i] + sum(seconds[f"layer {layer}"][i] for layer in range(first_layer(cell, plan), LAYERS))
+            seconds["readout"][i]
+            + sum(seconds[f"layer {layer}"][i] for layer in range(first_layer(cell, plan), LAYERS))
             for cell in cells
         )
         for i in range(rounds)
@@ -106,7 +107,9 @@ def main() -> int:
     }
     print(json.dumps(row))
     held = over_floor <= LIMIT
-    print(f"{'holds' if held else 'FAILS'}: grid with prefix reuse <= {LIMIT} floors ({torch.get_num_threads()} threads)")
+    print(
+        f"{'holds' if held else 'FAILS'}: grid with prefix reuse <= {LIMIT} floors ({torch.get_num_threads()} threads)"
+    )
     return 0 if held else 1
 
 

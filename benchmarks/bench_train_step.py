@@ -108,7 +108,8 @@ def main() -> int:
         row = bench(layers, width, rounds)
         held &= row["over_additive"] <= LIMIT and row["over_qwen3"] <= LIMIT
         print(json.dumps(row), flush=True)
-    print(f"{'holds' if held else 'FAILS'}: AttnRes over vanilla <= {LIMIT} ({torch.get_num_threads()} threads, torch {torch.__version__})")
+    where = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{'holds' if held else 'FAILS'}: AttnRes over vanilla <= {LIMIT} ({where})")
     return 0 if held else 1
 
 

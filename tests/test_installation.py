@@ -46,8 +46,10 @@ def test_default_torch_is_the_same_everywhere():
     assert set(found) == {"torch==2.13.0"}
 
 
-@pytest.mark.skipif("CI" not in os.environ and "ATTNRES_TEST_INSTALL" not in os.environ,
-                    reason="installs everything anew (minutes, needs the package index); set ATTNRES_TEST_INSTALL=1")  # fmt: skip
+@pytest.mark.skipif(
+    "CI" not in os.environ and "ATTNRES_TEST_INSTALL" not in os.environ,
+    reason="installs everything anew (minutes, a package index); set ATTNRES_TEST_INSTALL=1",
+)
 def test_dockerfile_python_lines_work_in_a_fresh_environment(tmp_path):
     for name in ("pyproject.toml", "requirements.lock", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -58,6 +60,8 @@ def test_dockerfile_python_lines_work_in_a_fresh_environment(tmp_path):
         done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     check = "import attnres, attnres.cli, attnres.training.fit, attnres.probe.run; print(attnres.__file__)"
-    done = subprocess.run([".venv/bin/python", "-c", check], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [".venv/bin/python", "-c", check], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)

@@ -61,9 +61,7 @@ class TextDataModule(LightningDataModule):
         self._start_step = start_step
         self._max_steps = max_steps
         self.train_windows = WindowDataset(corpus, "train", config.sequence_length, config.isolate_documents)
-        self.validation_set = WindowDataset(
-            corpus, "validation", config.sequence_length, config.isolate_documents
-        )
+        self.validation_set = WindowDataset(corpus, "validation", config.sequence_length, config.isolate_documents)
         global_batch(0, config.seed, len(self.train_windows), global_batch_size)  # is there one?
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -118,9 +116,7 @@ class TextDataModule(LightningDataModule):
         return place["rank"], place["num_replicas"]
 
 
-def documents_in_step(
-    corpus: Corpus, config: DataConfig, step: int, global_batch_size: int
-) -> dict[int, list[int]]:
+def documents_in_step(corpus: Corpus, config: DataConfig, step: int, global_batch_size: int) -> dict[int, list[int]]:
     """Which documents an optimizer step saw: document ids by window id (`sample_ids`), in the step's order.
 
     Args:

@@ -109,9 +109,7 @@ class BatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self._start_step, self._max_steps):
             ids = global_batch(step, self._seed, self._num_windows, self._global_batch_size)
-            yield from ids.reshape(self._accumulation, self._world_size, self._micro_batch_size)[
-                :, self._rank
-            ].tolist()
+            yield from ids.reshape(self._accumulation, self._world_size, self._micro_batch_size)[:, self._rank].tolist()
 
 
 @lru_cache(maxsize=2)

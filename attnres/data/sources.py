@@ -97,9 +97,7 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
-            name
-            for name in subfolders
-            if name not in _SKIPPED_FOLDERS and not name.endswith(_SKIPPED_ENDINGS)
+            name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.endswith(_SKIPPED_ENDINGS)
         ]
         inside = Path(folder).relative_to(root).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
@@ -174,9 +172,7 @@ def _read_parquet(file: SourceFile, column: str) -> Iterator[Document]:
         raise DataError(f"{file.path}: not a parquet file ({error}); restore it") from error
     with table:
         if column not in table.schema_arrow.names:
-            raise DataError(
-                f"{file.path}: no column {column!r} in {table.schema_arrow.names}; set data.text_column"
-            )
+            raise DataError(f"{file.path}: no column {column!r} in {table.schema_arrow.names}; set data.text_column")
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():

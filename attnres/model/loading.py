@@ -47,11 +47,20 @@ def model_folder(path: str | Path) -> Path:
     if steps:
         return steps[-1].parent
     if folder.exists():
-        raise CheckpointError(f"checkpoint {path}: no config.json and no checkpoints/step_* inside; name a run or a model folder")
+        raise CheckpointError(
+            f"checkpoint {path}: no config.json and no checkpoints/step_* inside; name a run or a model folder"
+        )
     parts = str(path).split("/")
-    if len(parts) == _HUB_ID_PARTS and all(parts) and not str(path).startswith((".", "~")) and not folder.parent.exists():
+    if (
+        len(parts) == _HUB_ID_PARTS
+        and all(parts)
+        and not str(path).startswith((".", "~"))
+        and not folder.parent.exists()
+    ):
         return _download(str(path))
-    raise CheckpointError(f"checkpoint {path}: no such file or folder; train one with `python train.py`, or check the path")
+    raise CheckpointError(
+        f"checkpoint {path}: no such file or folder; train one with `python train.py`, or check the path"
+    )
 
 
 def _download(hub_id: str) -> Path:
@@ -62,7 +71,7 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {hub_id}: not a local path, and the hub did not give it ({type(error).__name__}); check the name"
+            f"checkpoint {hub_id}: no such path, and the hub did not give it ({type(error).__name__}); check the name"
         ) from error
 
 
@@ -70,7 +79,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder}: config.json cannot be read ({error}); copy the folder again") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: config.json cannot be read ({error}); copy the folder again"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"checkpoint {folder}: config.json holds no object; copy the folder again")
     return config
@@ -117,11 +128,15 @@ def load_model(
     folder = model_folder(path)
     stored = _read_config(folder)
     if not weight_files(folder):
-        raise CheckpointError(f"checkpoint {folder}: no safetensors file inside; pickled weights are not read, convert them")
+        raise CheckpointError(
+            f"checkpoint {folder}: no safetensors file inside; pickled weights are not read, convert them"
+        )
     try:
         weights = read_weights(folder)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder}: weights cannot be read ({error}); copy the folder again") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: weights cannot be read ({error}); copy the folder again"
+        ) from error
     config = _build_config(folder, stored, set(weights))
     _check_size(folder, config, weights)
     if bias == "init" and isinstance(config, Qwen3AttnResConfig):
@@ -129,10 +144,10 @@ def load_model(
             if name.endswith("_res_bias"):
                 weights[name] = torch.zeros_like(weights[name])
                 weights[name][-1] = config.attnres_recency_bias_init
-    build = Qwen3AttnResForCausalLM if isinstance(config, Qwen3AttnResConfig) else Qwen3ForCausalLM
+    build: Any = Qwen3AttnResForCausalLM if isinstance(config, Qwen3AttnResConfig) else Qwen3ForCausalLM
     stored_dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
-        model = build(config)
+        model: Any = build(config)
     model = model.to_empty(device="cpu").to(dtype or stored_dtype)
     # Buffers that are not stored (rotary frequencies) come from a real build of the module.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
@@ -146,10 +161,15 @@ def load_model(
 
 def _check_size(folder: Path, config: Qwen3Config, weights: dict[str, Tensor]) -> None:
     """Refuse a configuration that would allocate far more than the file holds."""
-    claimed = config.num_hidden_layers * config.hidden_size * config.intermediate_size + config.vocab_size * config.hidden_size
+    claimed = (
+        config.num_hidden_layers * config.hidden_size * config.intermediate_size
+        + config.vocab_size * config.hidden_size
+    )
     held = sum(tensor.numel() for tensor in weights.values())
     if claimed > _MOST_CLAIMED_OVER_HELD * held:
-        raise CheckpointError(f"checkpoint {folder}: config.json asks for about {claimed:,} parameters, the file holds {held:,}")
+        raise CheckpointError(
+            f"checkpoint {folder}: config.json asks for about {claimed:,} parameters, the file holds {held:,}"
+        )
 
 
 def _assign(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
@@ -158,15 +178,20 @@ def _assign(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) ->
     wanted = model.state_dict()
     for what, names in (("missing", wanted.keys() - weights.keys()), ("unexpected", weights.keys() - wanted.keys())):
         if names:
-            listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")  # noqa: PLR2004
-            raise CheckpointError(f"checkpoint {folder}: {len(names)} {what} parameters ({listed}) for {model.config.model_type}")
+            listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise CheckpointError(
+                f"checkpoint {folder}: {len(names)} {what} parameters ({listed}) for {model.config.model_type}"
+            )
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
-                f"checkpoint {folder}: {name} has shape {tuple(tensor.shape)}, the configuration says {tuple(wanted[name].shape)}"
+                f"checkpoint {folder}: {name} has shape {tuple(tensor.shape)}, the configuration says "
+                f"{tuple(wanted[name].shape)}; they do not belong together"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"checkpoint {folder}: {name} holds a value that is not finite; use an earlier checkpoint")
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} holds a value that is not finite; use an earlier checkpoint"
+            )
     model.load_state_dict(weights)
     model.tie_weights()
 
@@ -181,9 +206,9 @@ def wrap_qwen3(
 
     Args:
         model_or_path: a `Qwen3ForCausalLM`, or what `load_model` takes. Its weights are copied.
-        schedule: `"recency"`: cumulative sources, zero queries, `recency_bias` on the newest; equal to the vanilla model
-            only as the bias grows. `"uniform"`: block sums, zero queries and biases, each norm's eps divided by `S^2`;
-            equal to the vanilla model exactly.
+        schedule: `"recency"`: cumulative sources, zero queries, `recency_bias` on the newest; equal to the vanilla
+            model only as the bias grows. `"uniform"`: block sums, zero queries and biases, each norm's eps divided by
+            `S^2`; equal to the vanilla model exactly.
         num_blocks: blocks asked for, at most the number of layers.
         recency_bias: bias b of the newest source, in nats.
 
@@ -206,7 +231,8 @@ def wrap_qwen3(
             "attnres_recency_bias_init": float(recency_bias) if recency else 0.0,
         }
     )
-    wrapped = Qwen3AttnResForCausalLM(config).to(base.dtype)
+    wrapped: Any = Qwen3AttnResForCausalLM(config)
+    wrapped = wrapped.to(base.dtype)
     # Queries and biases keep the start that the class gives them (zero, and `recency_bias` on the newest source).
     missing, unexpected = wrapped.load_state_dict(base.state_dict(), strict=False)
     strange = [name for name in missing if "_res_" not in name] + list(unexpected)
@@ -216,7 +242,10 @@ def wrap_qwen3(
 
 
 def schedule_weights(num_sources: int, schedule: Schedule, recency_bias: float = 10.0) -> list[float]:
-    """The analytic routing weights of a wrap at a read of S sources, oldest first (spec: `e^b/(e^b+N)` and `1/(e^b+N)`)."""
+    """Analytic routing weights of a wrap at a read of S sources, oldest first.
+
+    Recency with N = S - 1 others: `e^b / (e^b + N)` on the newest, `1 / (e^b + N)` on each of the rest.
+    """
     if schedule == "uniform":
         return [1.0 / num_sources] * num_sources
     # Divided through by e^b, so that a large bias does not overflow.

@@ -121,14 +121,13 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
             config = kwargs.pop("config", None) or cls.config_class.from_pretrained(pretrained_model_name_or_path)
             kwargs.update(config=config, state_dict=weights)
             pretrained_model_name_or_path = None
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, info[what])):
                 raise ValueError(
                     f"checkpoint: {len(names)} {what.replace('_', ' ')} ({', '.join(names[:3])}, ...) for "
-                    f"attnres_sources={model.config.attnres_sources!r}; use attnres.load_model, which finds the convention"
+                    f"attnres_sources={model.config.attnres_sources!r}; attnres.load_model finds the convention"
                 )
         return (model, info) if wants_info else model
 
@@ -146,7 +145,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
 
     def __init__(self, config: Qwen3AttnResConfig) -> None:
         super().__init__(config)
-        if "sliding_attention" in config.layer_types:
+        if "sliding_attention" in (config.layer_types or ()):
             raise ValueError("layer_types: sliding attention is not supported; set use_sliding_window to false")
         self.plan = config.plan()
         self.backend = "auto"
@@ -183,7 +182,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
     ) -> Context:
         """What the layers share: read parameters, rotary embeddings, causal mask, edit."""
         # Positions that the caller did not give stay out of the mask: they would be searched for packed documents.
-        mask = create_causal_mask(
+        mask: Any = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -220,7 +219,12 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         read = self.plan.reads[-1]
         if read.starts_block:
             state = open_block(
-                state, context.reads[read.index :], self.plan, self.config.rms_norm_eps, first=False, backend=self.backend
+                state,
+                context.reads[read.index :],
+                self.plan,
+                self.config.rms_norm_eps,
+                first=False,
+                backend=self.backend,
             )
         parameters = context.reads[read.index]
         _, x = route(state, read, parameters, self.norm, self.config, context.edit, context.observe, self.backend)

@@ -61,7 +61,9 @@ def added(state: DepthState) -> Tensor | None:
     return state.current + state.update
 
 
-def open_block(state: DepthState, reads: Sequence[ReadParameters], plan: DepthPlan, eps: float, first: bool, backend: str) -> DepthState:
+def open_block(
+    state: DepthState, reads: Sequence[ReadParameters], plan: DepthPlan, eps: float, first: bool, backend: str
+) -> DepthState:
     """Push the running state as a finished source (unless this is the `first` block) and score the block's reads."""
     if not first:
         current = added(state)

@@ -182,9 +182,7 @@ def current_logit(current: Tensor, read: ReadParameters, eps: float = 1e-6) -> T
         return batched.current_logit(current, read, eps)
 
 
-def mix_and_norm(
-    sources: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, norm_eps: float = 1e-6
-) -> Tensor:
+def mix_and_norm(sources: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, norm_eps: float = 1e-6) -> Tensor:
     """`RMSNorm(sum_i a_i v_i)` for given weights `[B, T, S]`, in fp32; `[B, T, D]` in the sources' dtype."""
     total = sources[0].to(weights.dtype) * weights[..., 0:1]
     for index, source in enumerate(sources[1:], start=1):

@@ -95,7 +95,7 @@ class _Inter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logits: Tensor, d_lse: Tensor, *d_mixed: Tensor) -> tuple[Tensor | None, ...]:
         values, queries, rstd, scores, weights = ctx.saved_tensors
-        (_, n, width), (m, _) = values.shape, queries.shape
+        width, m = values.shape[-1], len(queries)
         d_mix = torch.stack(d_mixed, dim=-2).to(values.dtype).flatten(0, 1)  # [N, M, D]
         d_weights = torch.bmm(values, d_mix.transpose(-1, -2)).transpose(-1, -2)  # [N, M, n]
         mean = (weights * d_weights).sum(-1, keepdim=True)

@@ -63,12 +63,17 @@ def _motif_claims(
     trained = cells[cells["model"] == TRAINED].set_index(["family", "sublayer", "band"])
     comparisons = {key: _exceeds_elsewhere(effects, cells, key, config) for key in (motif[1:] for motif in MOTIFS)}
     tested = [key for key, (_, p) in comparisons.items() if not np.isnan(p)]
-    adjusted = dict(zip(tested, adjust_p([comparisons[key][1] for key in tested], len(MOTIFS)), strict=True)) if tested else {}
+    adjusted = (
+        dict(zip(tested, adjust_p([comparisons[key][1] for key in tested], len(MOTIFS)), strict=True)) if tested else {}
+    )
     rows = []
     for told, *where in MOTIFS:
         key = (where[0], where[1], where[2])
         claim = f"motif: {told}"
-        test = "causal; exceeds the family's other cells (sign-flip by document, Holm over the motifs); contrasts with each baseline"
+        test = (
+            "causal; exceeds the family's other cells (sign-flip by document, Holm over the motifs); "
+            "contrast with each baseline"
+        )
         if key not in trained.index:
             rows.append(_row(claim, "not tested", "not part of this grid", test))
             continue
@@ -86,14 +91,19 @@ def _motif_claims(
         if causal and localised:
             learned = against.get("uniform") == "trained larger"
             verdict = "reproduced"
-            origin = "learned: exceeds the uniform wrap too" if learned else "not shown to be learned against the uniform wrap"
+            origin = (
+                "learned: exceeds the uniform wrap too"
+                if learned
+                else "not shown to be learned against the uniform wrap"
+            )
         else:
             verdict = "inconclusive" if cell["verdict"] == "inconclusive" else "not reproduced"
             origin = "no motif" if verdict == "not reproduced" else "undecided"
         baselines = ", ".join(f"{name}: {what}" for name, what in against.items()) or "no baseline has this cell"
         evidence = (
             f"{cell['verdict']}, dNLL {cell['dnll']:+.4f} [{cell['dnll_lo']:+.4f}, {cell['dnll_hi']:+.4f}]; over the "
-            f"family's other cells {difference:+.4f} (p {p_elsewhere:.3g}); {origin}; {baselines}; matched control not run"
+            f"family's other cells {difference:+.4f} (p {p_elsewhere:.3g}); {origin}; {baselines}; "
+            "matched control not run"
         )
         rows.append(_row(claim, verdict, evidence, test))
     return rows

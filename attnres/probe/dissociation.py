@@ -42,9 +42,7 @@ def _measured(
     dnll, _ = document_means(effects, ["model", "cell"], ["dnll"], split)
     masses, _ = document_means(mass, ["model", *SLICE], MASSES, split)
     if not dnll.index.equals(masses.index):
-        raise ValueError(
-            f"effects and mass of split {split!r} come from different documents: pass both from one run"
-        )
+        raise ValueError(f"effects and mass of split {split!r} come from different documents: pass both from one run")
     measured = {}
     for model, cells in grid.groupby("model", sort=False):
         keys = pd.MultiIndex.from_frame(cells[["model", *SLICE]])
@@ -89,11 +87,7 @@ def spearman_table(
         rng = np.random.default_rng([config.seed, _BOOTSTRAP_STREAM])
         resamples = rng.multinomial(documents, np.full(documents, 1 / documents), size=config.bootstrap)
         for sublayer in [*cells["sublayer"].unique(), _ALL]:
-            chosen = (
-                np.ones(len(cells), dtype=bool)
-                if sublayer == _ALL
-                else (cells["sublayer"] == sublayer).to_numpy()
-            )
+            chosen = np.ones(len(cells), dtype=bool) if sublayer == _ALL else (cells["sublayer"] == sublayer).to_numpy()
             for metric in METRICS:
                 rho, low, high = _spearman(
                     values["dnll"][:, chosen], values[metric][:, chosen], resamples, config.alpha
@@ -163,9 +157,7 @@ def dissociation_table(
         effects.loc[effects["split"] == "confirm", "document"]
     )
     if shared:
-        raise ValueError(
-            f"document {min(shared)} is in both the pilot and the confirm split: make the splits disjoint"
-        )
+        raise ValueError(f"document {min(shared)} is in both the pilot and the confirm split: make the splits disjoint")
     pilot = _measured(effects, mass, eligibility, "pilot", intervention)
     confirm = _measured(effects, mass, eligibility, "confirm", intervention)
     correlations = spearman_table(effects, mass, eligibility, config, "confirm", intervention)
@@ -180,9 +172,7 @@ def dissociation_table(
         }
         rows.append(row)
         predicting = correlations[
-            (correlations["model"] == model)
-            & (correlations["sublayer"] == sublayer)
-            & correlations["predicts"]
+            (correlations["model"] == model) & (correlations["sublayer"] == sublayer) & correlations["predicts"]
         ]
         row["predicted_by"] = ", ".join(name for name in predicting["metric"] if name != "mass")
         if model not in pilot or model not in confirm:
@@ -191,9 +181,7 @@ def dissociation_table(
         cells, picked = pilot[model]
         tested_cells, tested = confirm[model]
         if list(cells["cell"]) != list(tested_cells["cell"]):
-            raise ValueError(
-                f"pilot and confirm split of {model} hold different cells: run the same grid on both"
-            )
+            raise ValueError(f"pilot and confirm split of {model} hold different cells: run the same grid on both")
         of_sublayer = np.flatnonzero(cells["sublayer"] == sublayer)
         row |= {"cells": len(of_sublayer), "documents": len(tested["dnll"])}
         row |= _dissociation(cells["cell"].to_numpy(), of_sublayer, picked, tested, config)

@@ -116,9 +116,7 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
     axes[0].set_ylim(rows + 0.05, -0.05)
     every = -(-layers // 14)
     y_names = [str(k) for k in range(0, layers, every)] + (["final"] if has_final else [])
-    axes[0].set_yticks(
-        [k + 0.5 for k in range(0, layers, every)] + ([layers + 0.9] if has_final else []), y_names
-    )
+    axes[0].set_yticks([k + 0.5 for k in range(0, layers, every)] + ([layers + 0.9] if has_final else []), y_names)
     axes[0].set_ylabel("layer")
     figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     if mesh is not None:
@@ -132,9 +130,7 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
 def _band_lines(axis: Axes, part: pd.DataFrame, columns: int) -> None:
     layers = part[part["sublayer"] != "final"].groupby("band", sort=False)["layer"]
     for last in sorted(layers.max())[:-1]:
-        axis.plot(
-            [-0.05, columns + 1.45], [last + 1, last + 1], color=INK, linewidth=0.8, linestyle=(0, (3, 2))
-        )
+        axis.plot([-0.05, columns + 1.45], [last + 1, last + 1], color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
 
 
 @styled
@@ -148,9 +144,7 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
         limit: the largest deviation that the checks allow, drawn as a dashed line.
     """
     need(routing, ("read", "source", "num_sources", "weight", "analytic"), "plot against the analytic line")
-    table = routing[routing["analytic"].notna() & (routing["num_sources"] > 1)].sort_values(
-        ["num_sources", "source"]
-    )
+    table = routing[routing["analytic"].notna() & (routing["num_sources"] > 1)].sort_values(["num_sources", "source"])
     figure = Figure(figsize=(4.5, 4.1), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(1.7, 1))
     newest = table["source"] == table["num_sources"] - 1
@@ -230,9 +224,7 @@ def effect_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> 
     columns = [(s, b) for s in sublayers for b in bands]
     wordy = len(columns) <= 9
     cell_width = 1.06 if wordy else max(0.16, 6.6 / len(columns))
-    figure = Figure(
-        figsize=(1.75 + cell_width * len(columns), 0.95 + 0.52 * len(families)), layout="constrained"
-    )
+    figure = Figure(figsize=(1.75 + cell_width * len(columns), 0.95 + 0.52 * len(families)), layout="constrained")
     axis = figure.subplots()
     norm, colours = effect_norm(limit, margin), matplotlib.colormaps["RdBu_r"]
     found = {(r["family"], r["sublayer"], r["band"]): r for r in cells.to_dict("records")}
@@ -258,9 +250,7 @@ def effect_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> 
                     )
                 )
                 if wordy:
-                    why = textwrap.wrap(
-                        textwrap.shorten(label(record["reason"], 90), 60, placeholder=" …"), 19
-                    )
+                    why = textwrap.wrap(textwrap.shorten(label(record["reason"], 90), 60, placeholder=" …"), 19)
                     axis.text(
                         x + 0.5,
                         row + 0.5,
@@ -315,9 +305,7 @@ def effect_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> 
     axis.set_xlim(0, end)
     axis.set_ylim(len(families), 0)
     axis.set_yticks([k + 0.5 for k in range(len(families))], [label(f, 14) for f in families])
-    axis.set_xticks(
-        [place[c] + 0.5 for c in columns], [label(c[1], 10) for c in columns], rotation=0 if wordy else 90
-    )
+    axis.set_xticks([place[c] + 0.5 for c in columns], [label(c[1], 10) for c in columns], rotation=0 if wordy else 90)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[["left", "bottom"]].set_visible(False)

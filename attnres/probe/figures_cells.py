@@ -159,8 +159,7 @@ def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
             markerfacecolor=colour if filled else "white",
         )
         name = label(
-            f"{record['family']} · {SUBLAYER_NAMES.get(record['sublayer'], record['sublayer'])} "
-            f"{record['band']}"
+            f"{record['family']} · {SUBLAYER_NAMES.get(record['sublayer'], record['sublayer'])} {record['band']}"
         )
         axis.text(-0.06, ranked[0], name, ha="right", va="center", fontsize=7, in_layout=False)
         axis.text(
@@ -233,9 +232,7 @@ def contrast_forest(contrasts: pd.DataFrame, models: Sequence[str], margin: floa
     )
 
 
-def _forest(
-    table: pd.DataFrame, order: Sequence[str], margin: float, axis_name: str, filled_name: str
-) -> Figure:
+def _forest(table: pd.DataFrame, order: Sequence[str], margin: float, axis_name: str, filled_name: str) -> Figure:
     """One row per (sublayer, band, family), one mark per series; ineligible ones are named as excluded."""
     series = ordered(table["series"], order)
     keys = [
@@ -246,9 +243,7 @@ def _forest(
     ]
     present = set(zip(table["sublayer"], table["band"], table["family"], strict=True))
     keys = [k for k in keys if k in present]
-    figure = Figure(
-        figsize=(7.6, 1.15 + (0.14 + 0.07 * len(series)) * max(len(keys), 2)), layout="constrained"
-    )
+    figure = Figure(figsize=(7.6, 1.15 + (0.14 + 0.07 * len(series)) * max(len(keys), 2)), layout="constrained")
     axis = figure.subplots()
     used = table[table["eligible"].astype(bool)]
     effect_axis(axis, "x", [*used["low"], *used["high"], *used["mid"]], margin)

@@ -63,9 +63,7 @@ class StatisticsConfig:
         )
         require(0 < self.alpha < 0.5, "alpha", "a level between 0 and 0.5, e.g. 0.05")
         require(self.sign_flips >= 999, "sign_flips", "at least 999 (9999 for results that are reported)")
-        require(
-            self.bootstrap >= 100, "bootstrap", "at least 100 resamples (2000 for results that are reported)"
-        )
+        require(self.bootstrap >= 100, "bootstrap", "at least 100 resamples (2000 for results that are reported)")
         require(self.seed >= 0, "seed", "a non-negative integer")
         require(self.alpha < self.power < 1, "power", "a probability between alpha and 1, e.g. 0.9")
         require(
@@ -98,9 +96,7 @@ def _signs(documents: int, flips: int, seed: int) -> Iterator[Floats]:
         yield 1.0 - 2.0 * ((codes >> np.arange(documents)) & 1)
         return
     rng = np.random.default_rng([seed, _SIGN_FLIP_STREAM])
-    rows = max(
-        1, _CHUNK_VALUES // documents
-    )  # of the documents only: the stream must not depend on the columns
+    rows = max(1, _CHUNK_VALUES // documents)  # of the documents only: the stream must not depend on the columns
     for start in range(0, flips, rows):
         shape = (min(rows, flips - start), documents)
         yield 2.0 * rng.integers(0, 2, size=shape, dtype=np.int8) - 1.0
@@ -249,9 +245,7 @@ def adjust_p(p: ArrayLike, family_size: int, method: Literal["holm", "fdr_bh"] =
     """
     p = np.asarray(p, dtype=np.float64)
     if family_size < len(p):
-        raise ValueError(
-            f"family_size={family_size} but {len(p)} tests were given: pass the size of the whole family"
-        )
+        raise ValueError(f"family_size={family_size} but {len(p)} tests were given: pass the size of the whole family")
     if len(p) == 0:
         return p
     if method == "fdr_bh":

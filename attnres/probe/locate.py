@@ -88,24 +88,35 @@ def locate_baseline(path: str | None, trained: Located) -> Located:
     """
     if path is not None:
         return locate(path)
-    remedy = "name one with baseline=PATH, or train it: python train.py +experiment=vanilla_tiny (or the vanilla_* of your experiment)"
+    remedy = (
+        "name one with baseline=PATH, or train it: python train.py +experiment=vanilla_tiny "
+        "(or the vanilla_* of your experiment)"
+    )
     beside = trained.folder.parents[3] if trained.finished is not None else None
     if beside is None:
-        raise ConfigError(f"baseline: {trained.folder} is not inside a runs folder, so no vanilla run is beside it; {remedy}")
+        raise ConfigError(
+            f"baseline: {trained.folder} is not inside a runs folder, so no vanilla run is beside it; {remedy}"
+        )
     matches = []
     for run in sorted(beside.glob(f"*/{CHECKPOINTS}"), key=lambda found: found.stat().st_mtime):
         models = sorted(run.glob(f"*/{MODEL_FOLDER}"))
         if models and _matches(models[-1], trained):
             matches.append(run.parent)
     if not matches:
-        raise ConfigError(f"baseline: no vanilla run in {beside} has the data, tokenizer and shape of {trained.run}; {remedy}")
+        raise ConfigError(
+            f"baseline: no vanilla run in {beside} has the data, tokenizer and shape of {trained.run}; {remedy}"
+        )
     if len(matches) > 1:
         log.info("baseline: %d vanilla runs match; taking the newest, %s", len(matches), matches[-1])
     return locate(str(matches[-1]))
 
 
 def _matches(folder: Path, trained: Located) -> bool:
-    data, config, shape = _json(folder / "data.json"), _json(folder / "config.json"), _json(trained.folder / "config.json")
+    data, config, shape = (
+        _json(folder / "data.json"),
+        _json(folder / "config.json"),
+        _json(trained.folder / "config.json"),
+    )
     same_data = all(data.get(key) == trained.data.get(key) for key in ("fingerprint", "tokenizer_sha256"))
     same_shape = all(config.get(key) == shape.get(key) for key in ("num_hidden_layers", "hidden_size"))
     seeds = (_json(folder / "training.json").get("seed"), trained.training.get("seed"))

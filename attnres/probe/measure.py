@@ -59,9 +59,7 @@ class CleanReadout:
         nll = lse - _at(logits, self.labels)
         cross_entropy = lse - torch.linalg.vecdot(self.probabilities, logits)
         flips = (logits.argmax(-1) != self.top1).float()
-        return Effects(
-            (nll - self.nll).mean(-1), (cross_entropy - self.cross_entropy).mean(-1), flips.mean(-1)
-        )
+        return Effects((nll - self.nll).mean(-1), (cross_entropy - self.cross_entropy).mean(-1), flips.mean(-1))
 
 
 def _at(logits: Tensor, labels: Tensor) -> Tensor:

@@ -128,9 +128,7 @@ def effect_limit(cells: pd.DataFrame, margin: float) -> float:
 def need(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
     missing = [c for c in columns if c not in table.columns]
     if missing:
-        raise DataError(
-            f"the {figure} needs the column '{missing[0]}', which its table lacks; run the probe again"
-        )
+        raise DataError(f"the {figure} needs the column '{missing[0]}', which its table lacks; run the probe again")
 
 
 def effect_norm(limit: float, margin: float) -> SymLogNorm:
@@ -139,10 +137,7 @@ def effect_norm(limit: float, margin: float) -> SymLogNorm:
 
 def decades(limit: float, margin: float) -> list[float]:
     """Tick positions of a scale that is linear within the margin: zero and the powers of ten outside it."""
-    ends = [
-        10.0**k
-        for k in range(int(np.ceil(np.log10(margin) + 1e-9)), int(np.floor(np.log10(limit) + 1e-9)) + 1)
-    ]
+    ends = [10.0**k for k in range(int(np.ceil(np.log10(margin) + 1e-9)), int(np.floor(np.log10(limit) + 1e-9)) + 1)]
     ends = ends or [float(f"{limit:.1g}")]
     return [-e for e in reversed(ends)] + [0.0, *ends]
 

@@ -69,9 +69,7 @@ def draw(tables: Tables) -> dict[str, list[Drawing]]:
         for kind in kinds:
             part = cells[(cells["model"] == model) & (cells["intervention"] == kind)]
             if len(part):
-                heading, stem = (
-                    (model, name) if len(kinds) == 1 else (f"{model}: {kind}", f"{name}-{words.slug(kind)}")
-                )
+                heading, stem = (model, name) if len(kinds) == 1 else (f"{model}: {kind}", f"{name}-{words.slug(kind)}")
                 add(
                     "effects",
                     stem,
@@ -195,26 +193,20 @@ def _write(folder: Path, name: str, text: str) -> Path:
     try:
         path.parent.mkdir(exist_ok=True)
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(
-                f"{path} is a link out of the probe folder: remove it and draw the report again"
-            )
+            raise ConfigError(f"{path} is a link out of the probe folder: remove it and draw the report again")
         part.unlink(missing_ok=True)  # left by a kill, or a link: neither is written through
         with part.open("xb") as file:
             file.write(text.encode("utf-8", errors="replace"))
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path} ({one_line(error)}): free space or make it writable"
-        ) from error
+        raise StorageError(f"cannot write {path} ({one_line(error)}): free space or make it writable") from error
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m attnres.probe.report DIR`: draws a report again, prints its path, returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m attnres.probe.report", description="Redraw a probe's report."
-    )
+    parser = argparse.ArgumentParser(prog="python -m attnres.probe.report", description="Redraw a probe's report.")
     parser.add_argument("folder", type=Path, help="a folder that probe.py wrote")
     try:
         path = write_report(parser.parse_args(arguments).folder)

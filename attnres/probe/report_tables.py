@@ -169,9 +169,7 @@ def _read_frame(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             try:
                 frame[column] = pd.to_numeric(frame[column])
             except (ValueError, TypeError) as error:
-                raise DataError(
-                    f"{path}: column '{column}' holds something that is not a number: {_AGAIN}"
-                ) from error
+                raise DataError(f"{path}: column '{column}' holds something that is not a number: {_AGAIN}") from error
     return frame
 
 

@@ -50,9 +50,7 @@ def headline(tables: Tables) -> list[str]:
             f"{name} is {against}. What training added can only be read from a baseline that shares the "
             f"trained model's source convention: {_same_convention(tables)}."
         )
-    grid = tables.cells[
-        (tables.cells["model"] == trained) & (tables.cells["intervention"] == tables.intervention)
-    ]
+    grid = tables.cells[(tables.cells["model"] == trained) & (tables.cells["intervention"] == tables.intervention)]
     eligible = grid[grid["eligible"]]
     count = eligible["verdict"].value_counts()
     outcome = ", ".join(f"{count.get(v, 0)} {v}" for v in ("causal", "null", "inconclusive"))
@@ -155,9 +153,7 @@ def count(value: Any) -> str:
         return "–"
     if not _is_number(value):
         return "–" if isinstance(value, float) else str(value)
-    return (
-        f"{float(value):,.0f}".replace(",", "\u202f") if float(value).is_integer() else f"{float(value):.4g}"
-    )
+    return f"{float(value):,.0f}".replace(",", "\u202f") if float(value).is_integer() else f"{float(value):.4g}"
 
 
 def slug(text: object) -> str:
@@ -181,11 +177,7 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) ->
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float | np.number)
-        and not isinstance(value, bool)
-        and bool(np.isfinite(value))
-    )
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def redact(value: Any) -> Any:

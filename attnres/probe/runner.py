@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -151,7 +151,7 @@ def run_grid(
 
             ids, labels = drawn.input_ids[part].to(device), drawn.labels[part].to(device)
             clean = run_clean(model, ids, labels, starts, observe)
-            identity = {
+            identity: dict[str, Any] = {
                 "model": subject.name,
                 "window": drawn.window_ids[part].numpy(),
                 "document": drawn.document_ids[part].numpy(),
@@ -164,7 +164,9 @@ def run_grid(
                 measured = clean.readout.compare(run_edited(model, clean, item))
                 values = {name: value.cpu().numpy() for name, value in measured._asdict().items()}
                 if not all(pd.notna(value).all() for value in values.values()):
-                    raise NumericsError(f"{subject.name}: {item.id} gives a value that is not finite; check the checkpoint")
+                    raise NumericsError(
+                        f"{subject.name}: {item.id} gives a value that is not finite; check the checkpoint"
+                    )
                 cell = {"cell": item.id, "intervention": item.kind, "family": item.family}
                 place = {"sublayer": item.sublayer, "band": item.band}
                 effects.append(pd.DataFrame(identity | cell | place | values))
@@ -205,7 +207,7 @@ class _MassObserver:
             values = torch.stack(list(found[cell.family]), dim=-1)
             self._sums[cell] = self._sums.get(cell, torch.zeros_like(values)) + values
 
-    def table(self, identity: dict[str, object]) -> pd.DataFrame:
+    def table(self, identity: dict[str, Any]) -> pd.DataFrame:
         """One row per slice x window."""
         rows = []
         for cell in self._cells:

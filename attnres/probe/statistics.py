@@ -91,13 +91,10 @@ def document_means(
     if rows.duplicated([*units, "document", "window"]).any():
         raise ValueError(f"repeated rows of one {' x '.join(units)} x window: write each only once")
     # The pivot sorts documents and windows: sums do not depend on the order of rows.
-    wide = rows.pivot(index=["document", "window"], columns=list(units), values=list(values)).astype(
-        np.float64
-    )
+    wide = rows.pivot(index=["document", "window"], columns=list(units), values=list(values)).astype(np.float64)
     if wide.isna().to_numpy().any():
         raise ValueError(
-            f"not every {' x '.join(units)} of split {split!r} was measured on the same windows: "
-            "rerun the missing ones"
+            f"not every {' x '.join(units)} of split {split!r} was measured on the same windows: rerun the missing ones"
         )
     means = wide.groupby(level="document").mean()
     if len(means) < 2:
@@ -131,9 +128,7 @@ def grid_candidates(effects: pd.DataFrame, eligibility: pd.DataFrame) -> pd.Data
     grid = pd.DataFrame({"intervention": interventions}).merge(eligibility, how="cross")
     grid = grid.merge(design, how="left", on=["intervention", *SLICE])
     unnamed = grid["cell"].isna()
-    composed = [
-        f"{row.intervention}:{row.family}@{row.sublayer}.{row.band}" for row in grid[unnamed].itertuples()
-    ]
+    composed = [f"{row.intervention}:{row.family}@{row.sublayer}.{row.band}" for row in grid[unnamed].itertuples()]
     grid.loc[unnamed, "cell"] = composed
     measured = set(effects[["model", "cell"]].drop_duplicates().itertuples(index=False, name=None))
     listed = list(zip(grid["model"], grid["cell"], strict=True))
@@ -141,9 +136,7 @@ def grid_candidates(effects: pd.DataFrame, eligibility: pd.DataFrame) -> pd.Data
         raise ValueError("eligibility repeats a candidate cell: one row per model, family, sublayer and band")
     unlisted = measured - set(listed)
     if unlisted:
-        raise ValueError(
-            f"effects of {sorted(unlisted)[0]} but eligibility does not list it: pass both from one run"
-        )
+        raise ValueError(f"effects of {sorted(unlisted)[0]} but eligibility does not list it: pass both from one run")
     grid["eligible"] = grid["eligible"].astype(bool)
     grid["ran"] = [key in measured for key in listed]
     order = {model: place for place, model in enumerate(eligibility["model"].unique())}
@@ -211,9 +204,7 @@ def cell_table(
         keys = pd.MultiIndex.from_frame(tested[["model", "cell"]])
         absent = keys.difference(means["dnll"].columns)
         if len(absent):
-            raise ValueError(
-                f"no effects of {absent[0]} in split {split!r} but there are in others: rerun that cell"
-            )
+            raise ValueError(f"no effects of {absent[0]} in split {split!r} but there are in others: rerun that cell")
         dnll, kl = means["dnll"][keys].to_numpy(), means["kl"][keys].to_numpy()
         found = pd.DataFrame({"documents": len(means), "windows": windows}, index=tested.index)
         found["dnll"], found["kl"] = dnll.mean(axis=0), kl.mean(axis=0)
@@ -240,9 +231,7 @@ def cell_table(
     null = (grid["tost_p"] <= config.alpha) & (grid["kl_upper_p"] <= config.alpha)
     causal = (grid["p_holm"] <= config.alpha) | (grid["kl_lower_holm"] <= config.alpha)
     grid["verdict"] = np.select([~eligible, null, causal], ["excluded", "null", "causal"], "inconclusive")
-    needed = grid["documents_needed"].where(
-        (grid["verdict"] == "inconclusive") & np.isfinite(grid["documents_needed"])
-    )
+    needed = grid["documents_needed"].where((grid["verdict"] == "inconclusive") & np.isfinite(grid["documents_needed"]))
     grid["documents_needed"] = needed.astype("Int64")
     return grid.astype({"documents": "Int64", "windows": "Int64"}).reset_index(drop=True)
 
@@ -302,9 +291,7 @@ def contrast_table(
     grid = grid_candidates(effects, eligibility)
     models = list(grid["model"].unique())
     if trained not in models:
-        raise ValueError(
-            f"trained model {trained!r} is not in the table, which has {models}: pass one of these names"
-        )
+        raise ValueError(f"trained model {trained!r} is not in the table, which has {models}: pass one of these names")
     tables = [pd.DataFrame(columns=CONTRAST_COLUMNS)]
     mine = grid[grid["model"] == trained]
     for baseline in (model for model in models if model != trained):

@@ -128,9 +128,7 @@ def test_datamodule_ranks_of_a_trainer_share_the_global_batch(corpus, config):
 
 
 def test_datamodule_fails_before_a_model_is_built(corpus, config):
-    with pytest.raises(
-        DataError, match="training windows are fewer than one global batch of 1000000"
-    ) as error:
+    with pytest.raises(DataError, match="training windows are fewer than one global batch of 1000000") as error:
         TextDataModule(corpus, config, 1, 1_000_000)
     assert error.value.code == 3
     with pytest.raises(ConfigError, match="expected a multiple of micro_batch_size"):

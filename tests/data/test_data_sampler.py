@@ -64,6 +64,4 @@ def test_batch_sampler_refuses_sizes_that_do_not_divide():
     with pytest.raises(DataError, match="3 training windows are fewer than one global batch of 4"):
         BatchSampler(num_windows=3, global_batch_size=4, micro_batch_size=4, max_steps=1, seed=0)
     with pytest.raises(ConfigError, match="max_steps: expected at least the 5 already made, got 4"):
-        BatchSampler(
-            num_windows=9, global_batch_size=4, micro_batch_size=4, max_steps=4, seed=0, start_step=5
-        )
+        BatchSampler(num_windows=9, global_batch_size=4, micro_batch_size=4, max_steps=4, seed=0, start_step=5)

@@ -102,9 +102,7 @@ def test_listing_changes_with_a_file(tmp_path):
         ("pyenv", ["alone.py", "package/README.md", "package/a.py", "package/sub/b.py", "package/typed.pyi"]),
     ],
 )
-def test_list_files_of_the_interpreter_leaves_out_tests_and_nested_packages(
-    source, expected, tmp_path, monkeypatch
-):
+def test_list_files_of_the_interpreter_leaves_out_tests_and_nested_packages(source, expected, tmp_path, monkeypatch):
     left_out = [
         "_sysconfigdata__linux.py",
         "package/__pycache__/a.py",

@@ -86,17 +86,13 @@ def cells_table(seed: int = 0) -> pd.DataFrame:
                         "sublayer": sublayer,
                         "band": band,
                         "eligible": reads >= 2,
-                        "reason": ""
-                        if reads >= 2
-                        else f"the family exists in {reads} of 4 reads; half are needed",
+                        "reason": "" if reads >= 2 else f"the family exists in {reads} of 4 reads; half are needed",
                         "eligible_reads": reads,
                         "mean_sources": mean,
                         "documents": CONFIRM,
                         "windows": CONFIRM,
                     }
-                    rows.append(
-                        row | (_statistics(rng, model, family, band, mean) if reads >= 2 else EXCLUDED)
-                    )
+                    rows.append(row | (_statistics(rng, model, family, band, mean) if reads >= 2 else EXCLUDED))
     return pd.DataFrame(rows)
 
 
@@ -196,9 +192,7 @@ def contrasts_table(cells: pd.DataFrame) -> pd.DataFrame:
 
 def window_tables(cells: pd.DataFrame, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng = np.random.default_rng(seed + 2)
-    base = cells[cells["eligible"]][
-        ["model", "cell", "intervention", "family", "sublayer", "band", "dnll", "mass"]
-    ]
+    base = cells[cells["eligible"]][["model", "cell", "intervention", "family", "sublayer", "band", "dnll", "mass"]]
     windows = pd.DataFrame(
         {
             "window": np.arange(PILOT + CONFIRM),

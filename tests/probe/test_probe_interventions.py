@@ -22,8 +22,20 @@ def test_intervention_id_round_trips(spec):
     assert Intervention.parse(spec.id) == spec
 
 
-@pytest.mark.parametrize("text", ["mask", "mask@attn", "mask@attn.early", "mask:new@attn.early", "noop:older@mlp.mid",
-                                  "mask:older@ffn.mid", "mask:older@mlp.first", "drop:older@mlp.mid", "mask:@mlp.mid"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mask",
+        "mask@attn",
+        "mask@attn.early",
+        "mask:new@attn.early",
+        "noop:older@mlp.mid",
+        "mask:older@ffn.mid",
+        "mask:older@mlp.first",
+        "drop:older@mlp.mid",
+        "mask:@mlp.mid",
+    ],
+)
 def test_intervention_parse_refuses(text):
     with pytest.raises(ConfigError, match="intervention"):
         Intervention.parse(text)

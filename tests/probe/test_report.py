@@ -22,10 +22,7 @@ from attnres.probe.report_tables import REQUIRED, read_tables
 from tests.probe.synthetic_tables import write_tables
 
 ROOT = Path(report.__file__).parents[2]
-HOSTILE = (
-    "<script>alert(1)</script></style><img src=x onerror=alert(1)>"
-    " [x](javascript:alert(1)) | `a` \x1b[31m \"'&"
-)
+HOSTILE = "<script>alert(1)</script></style><img src=x onerror=alert(1)> [x](javascript:alert(1)) | `a` \x1b[31m \"'&"
 
 
 class Page(HTMLParser):
@@ -300,9 +297,7 @@ def test_report_file_names_stay_in_the_folder_whatever_a_model_is_called(folder,
         "routing-0-x-frac-b.svg",
         "scatter-0-x-frac-b.svg",
     ]
-    assert (
-        "No cell is eligible in the trained model and in a baseline" in (folder / "report.html").read_text()
-    )
+    assert "No cell is eligible in the trained model and in a baseline" in (folder / "report.html").read_text()
     assert sorted(p.name for p in folder.parent.iterdir()) == ["run"]
 
 
@@ -316,9 +311,7 @@ def test_report_refuses_to_write_through_a_link(folder, tmp_path, render):
 
 
 def test_report_shows_no_secrets_of_the_provenance(folder, render):
-    change_summary(
-        folder, provenance={"env": {"WANDB_API_KEY": "hunter2", "hf_token": "hunter2"}, "tokens": 7}
-    )
+    change_summary(folder, provenance={"env": {"WANDB_API_KEY": "hunter2", "hf_token": "hunter2"}, "tokens": 7})
     html, md = render(folder)
     assert "hunter2" not in html and "hunter2" not in md
     assert "(not shown)" in html and "<td>7</td>" in html

@@ -53,12 +53,7 @@ def test_routing_heatmap_puts_the_current_state_in_a_column_of_its_own():
 
 
 def test_routing_heatmap_hatches_a_read_of_one_source():
-    hatched = [
-        p
-        for a in figures.routing_heatmap(of(ROUTING, "attnres"), "x").axes
-        for p in a.patches
-        if p.get_hatch()
-    ]
+    hatched = [p for a in figures.routing_heatmap(of(ROUTING, "attnres"), "x").axes for p in a.patches if p.get_hatch()]
     assert [p.get_xy() for p in hatched] == [(0, 0)]
 
 
@@ -153,9 +148,7 @@ def test_contrast_forest_shows_each_contrast_in_the_colour_of_its_baseline():
     axis = figures_cells.contrast_forest(CONTRASTS, list(MODELS), MARGIN).axes[0]
     marks = [line for line in axis.lines if len(line.get_xdata()) == 1]
     assert len(marks) == len(CONTRASTS)
-    by_marker = {
-        line.get_marker(): to_hex(line.get_color()) for line in forest.lines if len(line.get_xdata()) == 1
-    }
+    by_marker = {line.get_marker(): to_hex(line.get_color()) for line in forest.lines if len(line.get_xdata()) == 1}
     assert {line.get_marker(): to_hex(line.get_color()) for line in marks}.items() <= by_marker.items()
 
 
@@ -170,9 +163,7 @@ def test_figures_of_part_of_a_grid_are_drawn():
 
 def test_to_svg_gives_the_same_text_twice_and_leaves_the_settings_alone():
     before = dict(matplotlib.rcParams)
-    one, two = (
-        plotting.to_svg(figures.effect_map(of(CELLS, "uniform"), "u", LIMIT, MARGIN)) for _ in range(2)
-    )
+    one, two = (plotting.to_svg(figures.effect_map(of(CELLS, "uniform"), "u", LIMIT, MARGIN)) for _ in range(2))
     assert one == two and "<!DOCTYPE" not in one
     assert dict(matplotlib.rcParams) == before
 

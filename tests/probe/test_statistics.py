@@ -94,9 +94,7 @@ def test_sign_flip_of_zeros_is_one():
 def test_sign_flip_is_the_same_in_small_chunks(monkeypatch):
     data = values(30, 7, mean=0.2)
     whole = sign_flip_p(data, 999, 0)
-    monkeypatch.setattr(
-        inference, "_CHUNK_VALUES", 30 * 128
-    )  # even chunks leave the stream of flips as it is
+    monkeypatch.setattr(inference, "_CHUNK_VALUES", 30 * 128)  # even chunks leave the stream of flips as it is
     np.testing.assert_array_equal(sign_flip_p(data, 999, 0), whole)
 
 
@@ -115,9 +113,7 @@ def test_inference_ignores_document_order_and_other_columns(seed, documents, col
     order, column = rng.permutation(documents), rng.integers(columns)
     alone = data[order][:, [column]]
     assert sign_flip_p(alone, 999, 7)[0] == sign_flip_p(data, 999, 7)[column]
-    for mine, all_columns in zip(
-        bca_interval(alone, 200, 0.95, 7), bca_interval(data, 200, 0.95, 7), strict=True
-    ):
+    for mine, all_columns in zip(bca_interval(alone, 200, 0.95, 7), bca_interval(data, 200, 0.95, 7), strict=True):
         assert mine[0] == pytest.approx(all_columns[column], rel=1e-12, abs=1e-15)
 
 
@@ -129,11 +125,7 @@ def test_sign_flip_by_document_holds_level_where_windows_would_not():
     by_window = shared + rng.normal(size=(documents, windows, replicates))
     level = np.mean(sign_flip_p(by_window.mean(axis=1), 999, 0) <= 0.05)
     naive = np.mean(sign_flip_p(by_window.reshape(-1, replicates), 999, 0) <= 0.05)
-    assert (
-        stats.binom.ppf(0.001, replicates, 0.05)
-        <= level * replicates
-        <= stats.binom.ppf(0.999, replicates, 0.05)
-    )
+    assert stats.binom.ppf(0.001, replicates, 0.05) <= level * replicates <= stats.binom.ppf(0.999, replicates, 0.05)
     assert naive > 0.2
 
 
@@ -222,9 +214,7 @@ def test_one_sided_p_holds_level_for_skewed_values_where_student_does_not():
 
 
 @pytest.mark.parametrize("method", ["holm", "fdr_bh"])
-@pytest.mark.parametrize(
-    "p", [[0.5], [0.03, 0.001, 0.2, 0.001, 1.0], [0.9, 0.8, 0.7], [1e-4, 0.04, 0.02, 0.011]]
-)
+@pytest.mark.parametrize("p", [[0.5], [0.03, 0.001, 0.2, 0.001, 1.0], [0.9, 0.8, 0.7], [1e-4, 0.04, 0.02, 0.011]])
 def test_adjust_p_of_a_whole_family_equals_statsmodels(method, p):
     np.testing.assert_allclose(adjust_p(p, len(p), method), multipletests(p, method=method)[1], rtol=1e-14)
 

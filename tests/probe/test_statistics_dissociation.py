@@ -13,9 +13,7 @@ QUICK = StatisticsConfig(sign_flips=999, bootstrap=200)
 CELLS = [(family, band) for family in ("embedding", "current") for band in ("early", "late")]
 
 
-def tables(
-    mass, effect, pilot=None, noise=0.01, documents=30, seed=0, sublayers=("attn", "mlp"), metrics=None
-):
+def tables(mass, effect, pilot=None, noise=0.01, documents=30, seed=0, sublayers=("attn", "mlp"), metrics=None):
     """Tables whose cells have these means of mass and dnll in both splits, or `pilot` = (mass, effect) in the
     pilot one."""
     rng = np.random.default_rng(seed)
@@ -68,9 +66,7 @@ def test_dissociation_is_shown_on_the_confirmatory_split():
     assert table["mass_diff"].to_numpy() == pytest.approx(0.3, abs=0.02)
     assert table["effect_diff"].to_numpy() == pytest.approx(0.3, abs=0.02)
     assert (table["p"] == 0.001).all() and (table["p_holm"] == 0.002).all()
-    assert (table["mass_diff_lo"] < table["mass_diff"]).all() and (
-        table["mass_diff"] < table["mass_diff_hi"]
-    ).all()
+    assert (table["mass_diff_lo"] < table["mass_diff"]).all() and (table["mass_diff"] < table["mass_diff_hi"]).all()
 
 
 @pytest.mark.parametrize(
@@ -136,14 +132,12 @@ def test_dissociation_holds_level_where_effects_do_not_differ():
         pd.concat([parts[table].assign(model=f"replicate {seed}") for seed, parts in enumerate(drawn)])
         for table in range(3)
     )
-    verdicts = dissociation_table(
-        effects, mass, eligibility, StatisticsConfig(sign_flips=999, bootstrap=100)
-    )["verdict"]
+    verdicts = dissociation_table(effects, mass, eligibility, StatisticsConfig(sign_flips=999, bootstrap=100))[
+        "verdict"
+    ]
     assert len(verdicts) == 2 * replicates
     assert (verdicts == "dissociated").sum() <= stats.binom.ppf(0.999, 2 * replicates, 0.05)
-    assert (
-        verdicts == "inconclusive"
-    ).sum() > replicates  # two picks in three are not the cell of largest mass
+    assert (verdicts == "inconclusive").sum() > replicates  # two picks in three are not the cell of largest mass
 
 
 def test_spearman_equals_scipy_on_means_by_document():

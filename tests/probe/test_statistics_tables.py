@@ -110,9 +110,7 @@ def test_cell_table_has_a_row_per_candidate_in_the_order_of_eligibility():
     assert excluded[["dnll", "p", "p_holm", "mass", "documents_needed"]].isna().all(axis=None)
     assert not excluded["appreciable"].any()
     tested = table[table["eligible"]]
-    assert (
-        not tested[[column for column in CELL_COLUMNS if column != "documents_needed"]].isna().any(axis=None)
-    )
+    assert not tested[[column for column in CELL_COLUMNS if column != "documents_needed"]].isna().any(axis=None)
     assert set(tested["documents"]) == {DOCUMENTS} and set(tested["windows"]) == {2 * DOCUMENTS}
 
 
@@ -135,15 +133,11 @@ def test_cell_table_equals_scipy_on_means_by_document():
         rows = table.loc[model]
         rows = rows[rows["eligible"]]
         assert rows["p_holm"].to_numpy() == pytest.approx(multipletests(rows["p"], method="holm")[1])
-        assert rows["kl_lower_holm"].to_numpy() == pytest.approx(
-            multipletests(rows["kl_lower_p"], method="holm")[1]
-        )
+        assert rows["kl_lower_holm"].to_numpy() == pytest.approx(multipletests(rows["kl_lower_p"], method="holm")[1])
 
 
 def test_cell_table_weighs_documents_equally_however_many_windows_they_have():
-    effects, mass, eligibility = tables(
-        {("attnres", piece): flat(0.0, 0.0) for piece in ELIGIBLE}, models=("attnres",)
-    )
+    effects, mass, eligibility = tables({("attnres", piece): flat(0.0, 0.0) for piece in ELIGIBLE}, models=("attnres",))
     first = effects["document"] == 100
     effects["dnll"] = np.where(first, 1.0, 0.0)
     more = effects[first].assign(window=lambda rows: rows["window"] + 50_000)
@@ -152,15 +146,11 @@ def test_cell_table_weighs_documents_equally_however_many_windows_they_have():
 
 
 def test_cell_table_of_no_effect_is_null_with_p_one():
-    effects, mass, eligibility = tables(
-        {("attnres", piece): flat(0.0, 0.0) for piece in ELIGIBLE}, models=("attnres",)
-    )
+    effects, mass, eligibility = tables({("attnres", piece): flat(0.0, 0.0) for piece in ELIGIBLE}, models=("attnres",))
     table = cell_table(effects.assign(dnll=0.0, kl=0.0), mass, eligibility, QUICK)
     table = table[table["eligible"]]
     assert (table[["p", "p_holm", "kl_lower_holm"]] == 1.0).all(axis=None)
-    assert (table[["dnll", "dnll_lo", "dnll_hi", "kl", "kl_lo", "kl_hi", "tost_p", "kl_upper_p"]] == 0.0).all(
-        axis=None
-    )
+    assert (table[["dnll", "dnll_lo", "dnll_hi", "kl", "kl_lo", "kl_hi", "tost_p", "kl_upper_p"]] == 0.0).all(axis=None)
     assert set(table["verdict"]) == {"null"}
 
 
@@ -186,9 +176,7 @@ def test_cell_table_verdicts_and_their_order():
     assert table.loc[name(ELIGIBLE[4]), "verdict"] == "inconclusive"
     assert table.loc[name(EXCLUDED), "verdict"] == "excluded"
     inconclusive = table["verdict"] == "inconclusive"
-    assert (
-        table.loc[inconclusive & (table.index != name(ELIGIBLE[4])), "documents_needed"].gt(DOCUMENTS).all()
-    )
+    assert table.loc[inconclusive & (table.index != name(ELIGIBLE[4])), "documents_needed"].gt(DOCUMENTS).all()
     assert table.loc[~inconclusive, "documents_needed"].isna().all()
 
 
@@ -246,9 +234,7 @@ def test_tables_read_one_split():
     pilot = effects.assign(split="pilot", document=effects["document"] + 500, dnll=9.0)
     pilot_mass = mass.assign(split="pilot", document=mass["document"] + 500, mass=9.0)
     with_pilot = pd.concat([effects, pilot]), pd.concat([mass, pilot_mass]), eligibility
-    pd.testing.assert_frame_equal(
-        cell_table(*with_pilot, QUICK), cell_table(effects, mass, eligibility, QUICK)
-    )
+    pd.testing.assert_frame_equal(cell_table(*with_pilot, QUICK), cell_table(effects, mass, eligibility, QUICK))
     of_pilot = cell_table(*with_pilot, QUICK, split="pilot")
     assert of_pilot.loc[of_pilot["eligible"], "dnll"].to_numpy() == pytest.approx(9.0)
     assert contrast_table(with_pilot[0], eligibility, QUICK, split="pilot")["diff"].abs().max() < 1e-12
@@ -285,9 +271,7 @@ def test_tables_repeat_with_the_seed_and_change_with_it():
 
 def test_contrast_table_pairs_windows_and_corrects_per_baseline():
     effects, mass, eligibility = random_tables()
-    recency = effects[effects["model"] == "uniform"].assign(
-        model="recency", dnll=lambda rows: rows["dnll"] * 3
-    )
+    recency = effects[effects["model"] == "uniform"].assign(model="recency", dnll=lambda rows: rows["dnll"] * 3)
     listed = pd.concat([eligibility, eligibility[eligibility["model"] == "uniform"].assign(model="recency")])
     table = contrast_table(pd.concat([recency, effects]), listed, QUICK)
     assert list(table.columns) == CONTRAST_COLUMNS
@@ -299,9 +283,7 @@ def test_contrast_table_pairs_windows_and_corrects_per_baseline():
         rows = table[table["baseline"] == baseline]
         diff = wide["attnres"][rows["cell"]].to_numpy() - scale * wide["uniform"][rows["cell"]].to_numpy()
         assert rows["diff"].to_numpy() == pytest.approx(diff.mean(axis=0))
-        assert (rows["trained_dnll"] - rows["baseline_dnll"]).to_numpy() == pytest.approx(
-            rows["diff"].to_numpy()
-        )
+        assert (rows["trained_dnll"] - rows["baseline_dnll"]).to_numpy() == pytest.approx(rows["diff"].to_numpy())
         assert rows["p_holm"].to_numpy() == pytest.approx(multipletests(rows["p"], method="holm")[1])
         # BCa and Student's intervals of the same differences are near each other.
         half = stats.t.isf(0.025, DOCUMENTS - 1) * diff.std(axis=0, ddof=1) / np.sqrt(DOCUMENTS)
@@ -309,9 +291,7 @@ def test_contrast_table_pairs_windows_and_corrects_per_baseline():
 
 
 def test_contrast_table_verdicts():
-    shared = 0.3 * noise(
-        1
-    )  # differs between documents far more than between models: only pairing sees through it
+    shared = 0.3 * noise(1)  # differs between documents far more than between models: only pairing sees through it
     zero = np.zeros(DOCUMENTS)
     trained = [0.05, -0.05, 0.001, 0.003, 0.0]
     spread = [0.01, 0.01, 0.0005, 0.02, 0.0]
