@@ -1,9 +1,9 @@
 """How a run folder is laid out, and how a checkpoint in it is verified: what training writes and the probe reads.
 
-    runs/<name>-<hash>/checkpoints/step_00000200/
-        training.ckpt     Lightning's state
-        model/            Hugging Face folder with tokenizer, data.json and training.json
-        manifest.json     sha256 and size of every other file, written last
+runs/<name>-<hash>/checkpoints/step_00000200/
+    training.ckpt     Lightning's state
+    model/            Hugging Face folder with tokenizer, data.json and training.json
+    manifest.json     sha256 and size of every other file, written last
 """
 
 import hashlib

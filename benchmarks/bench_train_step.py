@@ -3,7 +3,7 @@
     python benchmarks/bench_train_step.py [--rounds 9]
 
 Three variants take turns on the same batch: AttnRes (torch backend), the same decoder with the additive residual in
-place of every read, and transformers' `Qwen3ForCausalLM`. A step is forward, loss, backward and an AdamW update.
+place of every read, and transformers' `Qwen3ForCausalLM`. A step is forward, loss, backward and the fused AdamW update that training uses.
 Exits with 1 if a ratio is above 1.10.
 """
 
@@ -44,7 +44,7 @@ class AdditiveResidual(nn.Module):
 
 
 def make_step(model: nn.Module, forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> float:
         logits = forward(tokens[:, :-1])

@@ -148,6 +148,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         if "sliding_attention" in (config.layer_types or ()):
             raise ValueError("layer_types: sliding attention is not supported; set use_sliding_window to false")
         self.plan = config.plan()
+        # Worked out here, before a compiled layer could: the cache takes a lock, which tracing refuses.
+        assert self.plan.blocks
         self.backend = "auto"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(

@@ -9,7 +9,8 @@ derivation are in `README.md`; `reference.py` is the truth.
 All arithmetic is fp32 (fp64 for fp64 sources).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,47 +69,100 @@ def _rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1] + eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x * rstd(x) * weight`, computed in fp32 (fp64), returned in that dtype."""
-    x = x.to(_exact(x.dtype))
-    return (x * _rstd(x, eps).unsqueeze(-1)).mul_(weight.to(x.dtype))
+def _in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast off in a backward pass: a compiled one is traced under the autocast that surrounds the forward."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        with torch.autocast(ctx.device_type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return run
 
 
 class _Inter(torch.autograd.Function):
-    """n finished sources x M queries -> logits, their log-sum-exp, M mixes."""
+    """n finished sources x M queries -> logits, their log-sum-exp, M mixes.
+
+    Logits live as `[n, N, M]` (N = B T): reductions over a handful of sources are then whole-vector operations.
+    """
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, bias: Tensor, eps: float, *sources: Tensor) -> tuple[Tensor, ...]:
+        batch, tokens, width = sources[0].shape
         values = torch.stack(sources, dim=-2).to(_exact(sources[0].dtype)).flatten(0, 1)  # [N, n, D]
-        rstd = _rstd(values, eps)
-        scores = ((values @ queries.T) * rstd.unsqueeze(-1)).transpose(-1, -2)  # [N, M, n]
-        logits = (scores.unflatten(0, sources[0].shape[:2]) + bias).contiguous()
-        lse = torch.logsumexp(logits, dim=-1)
+        rstd = _rstd(values, eps).T.contiguous().unsqueeze(-1)  # [n, N, 1]
+        scores = (values @ queries.T).transpose(0, 1).contiguous().mul_(rstd)  # [n, N, M]
+        logits = (scores.unflatten(1, (batch, tokens)) + bias).flatten(1, 2)
+        lse = torch.logsumexp(logits, dim=0)
+        weights = torch.softmax(logits, dim=0)
         # A read whose finished sources are all masked has lse = -inf and no mass here: all of it is on the state.
-        weights = torch.softmax(logits, dim=-1).masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0).flatten(0, 1)
-        mixed = torch.bmm(weights, values).unflatten(0, sources[0].shape[:2])
+        weights = weights.masked_fill_(torch.isneginf(lse), 0.0)
+        mixed = torch.bmm(weights.permute(1, 2, 0).contiguous(), values).unflatten(0, (batch, tokens))
         ctx.save_for_backward(values, queries, rstd, scores, weights)
-        ctx.bias_shape, ctx.dtypes = bias.shape, [source.dtype for source in sources]
-        return logits, lse, *mixed.unbind(-2)
+        ctx.bias_shape, ctx.tokens, ctx.device_type = bias.shape, (batch, tokens), values.device.type
+        ctx.dtypes = [source.dtype for source in sources]
+        ctx.set_materialize_grads(False)
+        by_token = logits.permute(1, 2, 0).unflatten(0, (batch, tokens))  # [B, T, M, n]
+        return by_token, lse.unflatten(0, (batch, tokens)), *mixed.unbind(-2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_logits: Tensor, d_lse: Tensor, *d_mixed: Tensor) -> tuple[Tensor | None, ...]:
+    @_in_full_precision
+    def backward(
+        ctx: Any, d_logits: Tensor | None, d_lse: Tensor | None, *d_mixed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         values, queries, rstd, scores, weights = ctx.saved_tensors
         width, m = values.shape[-1], len(queries)
-        d_mix = torch.stack(d_mixed, dim=-2).to(values.dtype).flatten(0, 1)  # [N, M, D]
-        d_weights = torch.bmm(values, d_mix.transpose(-1, -2)).transpose(-1, -2)  # [N, M, n]
-        mean = (weights * d_weights).sum(-1, keepdim=True)
-        d_score = weights * (d_weights - mean + d_lse.flatten(0, 1).unsqueeze(-1)) + d_logits.flatten(0, 1)
-        d_bias = d_score.unflatten(0, d_logits.shape[:2]).sum_to_size(ctx.bias_shape)
-        through_rms = -(d_score * scores).sum(-2) * rstd.square() / width  # [N, n]
-        d_dot = (d_score * rstd.unsqueeze(-2)).transpose(-1, -2).reshape(-1, m)  # [N n, M]
+        zero = values.new_zeros(()).expand(values.shape[0], width)
+        d_mix = torch.stack([zero if d is None else d.to(values.dtype).flatten(0, 1) for d in d_mixed], dim=-2)
+        d_weights = torch.bmm(values, d_mix.transpose(-1, -2)).transpose(0, 1).contiguous()  # [n, N, M]
+        shift = -(weights * d_weights).sum(0)
+        shift = shift if d_lse is None else shift + d_lse.flatten(0, 1)
+        d_score = d_weights.add_(shift).mul_(weights)
+        if d_logits is not None:
+            d_score += d_logits.flatten(0, 1).permute(2, 0, 1)
+        through_rms = -(d_score * scores).sum(-1, keepdim=True) * rstd.square() / width  # [n, N, 1]
+        d_dot = (d_score * rstd).transpose(0, 1).reshape(-1, m)  # [N n, M]
         d_queries = d_dot.T @ values.view(-1, width)
-        d_values = torch.bmm(weights.transpose(-1, -2), d_mix)
+        d_values = torch.bmm(weights.transpose(0, 1).contiguous(), d_mix)
         d_values.view(-1, width).addmm_(d_dot, queries)
-        d_values.addcmul_(values, through_rms.unsqueeze(-1))
-        d_sources = d_values.unflatten(0, d_logits.shape[:2]).unbind(-2)
+        d_values.addcmul_(values, through_rms.transpose(0, 1))
+        d_bias = d_score.unflatten(1, ctx.tokens).sum_to_size(ctx.bias_shape)
+        d_sources = d_values.unflatten(0, ctx.tokens).unbind(-2)
         return d_queries, d_bias, None, *(g.to(dtype) for g, dtype in zip(d_sources, ctx.dtypes, strict=True))
+
+
+def _norm_backward(d_normed: Tensor, hat: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward of `hat * weight` with `hat = x * rstd(x)`.
+
+    Returns:
+        The gradient of x divided by its rstd `[..., D]`, the projection `mean_d(d_hat * hat)` `[...]`, the gradient of
+        the weight `[D]`, and a buffer `[..., D]` that is free again.
+    """
+    weighted = d_normed * hat
+    d_weight = weighted.flatten(0, -2).sum(0)
+    projection = (weighted @ weight) / hat.shape[-1]
+    return (d_normed * weight).addcmul_(hat, projection.unsqueeze(-1), value=-1), projection, d_weight, weighted
+
+
+class _Norm(torch.autograd.Function):
+    """RMS norm of a read without running state."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rstd = _rstd(x, eps).unsqueeze(-1)
+        hat = x * rstd
+        ctx.save_for_backward(hat, weight, rstd)
+        ctx.device_type = x.device.type
+        return hat * weight
+
+    @staticmethod
+    @once_differentiable
+    @_in_full_precision
+    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:
+        hat, weight, rstd = ctx.saved_tensors
+        d_x, _, d_weight, _ = _norm_backward(d_normed, hat, weight)
+        return d_x.mul_(rstd), d_weight, None
 
 
 class _Merge(torch.autograd.Function):
@@ -135,38 +189,47 @@ class _Merge(torch.autograd.Function):
         beta = torch.sigmoid(logit - lse)
         h = torch.lerp(mixed, state, beta.unsqueeze(-1))
         h_rstd = _rstd(h, norm_eps)
-        normed = (h * h_rstd.unsqueeze(-1)).mul_(norm_weight)
-        ctx.save_for_backward(total, mixed, query, norm_weight, rstd, score, beta, h_rstd)
-        ctx.has_update, ctx.bias_shape = update is not None, bias.shape
+        h_hat = h.mul_(h_rstd.unsqueeze(-1))
+        ctx.save_for_backward(total, h_hat, query, norm_weight, rstd, score, beta, h_rstd)
+        ctx.has_update, ctx.bias_shape, ctx.norm_eps = update is not None, bias.shape, norm_eps
+        ctx.device_type = total.device.type
+        ctx.set_materialize_grads(False)
         # An autograd function may not return its input as a fresh output: hand out a view.
-        return total.view_as(total), normed.to(total.dtype), logit
+        return total.view_as(total), (h_hat * norm_weight).to(total.dtype), logit
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor, d_normed: Tensor, d_logit: Tensor) -> tuple[Tensor | None, ...]:
-        total, mixed, query, norm_weight, rstd, score, beta, h_rstd = ctx.saved_tensors
-        state = total.to(mixed.dtype)
+    @_in_full_precision
+    def backward(
+        ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, d_logit: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        total, h_hat, query, norm_weight, rstd, score, beta, h_rstd = ctx.saved_tensors
+        state = total.to(h_hat.dtype)
+        d_normed = torch.zeros_like(state) if d_normed is None else d_normed.to(h_hat.dtype)
         width = state.shape[-1]
-        d_normed = d_normed.to(mixed.dtype)
-        h = torch.lerp(mixed, state, beta.unsqueeze(-1))
-        h_hat = h.mul_(h_rstd.unsqueeze(-1))
-        d_hat_weighted = d_normed * h_hat
-        d_norm_weight = d_hat_weighted.flatten(0, -2).sum(0)
-        projection = (d_hat_weighted @ norm_weight) / width  # mean of d_hat * h_hat
-        d_h = (d_normed * norm_weight).addcmul_(h_hat, projection.unsqueeze(-1), value=-1)
-        d_h.mul_(h_rstd.unsqueeze(-1))
-        d_beta = torch.sub(state, mixed).mul_(d_h).sum(-1)
-        d_gate = d_beta * beta * (1 - beta)
-        d_score = d_gate + d_logit
-        d_state = (d_h * beta.unsqueeze(-1)).add_(d_total)
-        d_mixed = d_h.mul_((1 - beta).unsqueeze(-1))
+        # d_h lacks the factor h_rstd, which is folded into what it meets next.
+        d_h, projection, d_norm_weight, buffer = _norm_backward(d_normed, h_hat, norm_weight)
+        # d_beta = d_h . (state - mixed), and h is their mix: beta (1 - beta) d_beta = beta (d_h . state - d_h . h).
+        # RMS norm leaves d_h . h = projection * width * eps * h_rstd^2, which needs no pass over h.
+        against_state = torch.mul(d_h, state, out=buffer).sum(-1) * h_rstd
+        d_gate = beta * (against_state - projection * width * ctx.norm_eps * h_rstd.square())
+        d_score = d_gate if d_logit is None else d_gate + d_logit
         d_dot = d_score * rstd
+        through_mix = (beta * h_rstd).unsqueeze(-1)
+        d_state = d_h * through_mix if d_total is None else torch.addcmul(d_total.to(h_hat.dtype), d_h, through_mix)
         d_state.view(-1, width).addr_(d_dot.flatten(), query)
         d_state.addcmul_(state, (-d_score * score * rstd.square() / width).unsqueeze(-1))
+        d_mixed = d_h.mul_(((1 - beta) * h_rstd).unsqueeze(-1))
         d_query = d_dot.flatten() @ state.view(-1, width)
         d_bias = d_score.sum_to_size(ctx.bias_shape)
         d_out = d_state.to(total.dtype)
         return d_out, d_out if ctx.has_update else None, d_mixed, -d_gate, d_query, d_bias, d_norm_weight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x * rstd(x) * weight`, computed and returned in fp32 (fp64)."""
+    exact = _exact(x.dtype)
+    return _Norm.apply(x.to(exact), weight.to(exact), eps)
 
 
 def _folded(read: ReadParameters, dtype: torch.dtype) -> Tensor:
@@ -178,10 +241,12 @@ def prepare_block(sources: Sequence[Tensor], reads: Sequence[ReadParameters], ep
     n, exact = len(sources), _exact(sources[0].dtype)
     queries = torch.stack([_folded(read, exact) for read in reads])
     rows = [queries.new_zeros(n) if read.bias is None else read.bias[..., :n].to(exact) for read in reads]
-    per_row = any(row.ndim == 2 for row in rows)
-    rows = [row.expand(sources[0].shape[0], n) if per_row else row for row in rows]
-    bias = torch.stack(rows, dim=-2)  # [M, n] or [B, M, n]
-    logits, lse, *mixed = _Inter.apply(queries, bias.unsqueeze(1) if per_row else bias, eps, *sources)
+    if any(row.ndim == 2 for row in rows):
+        rows = [row.expand(sources[0].shape[0], n) for row in rows]
+        bias = torch.stack(rows, dim=-1).transpose(0, 1).unsqueeze(2)  # [n, B, 1, M]
+    else:
+        bias = torch.stack(rows, dim=-1)[:, None, None, :]  # [n, 1, 1, M]
+    logits, lse, *mixed = _Inter.apply(queries, bias, eps, *sources)
     return PreparedBlock(tuple(mixed), logits, lse)
 
 

@@ -218,6 +218,19 @@ def test_autocast_keeps_all_sources_in_one_dtype(make_model, ids):
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_layers_give_the_same_gradients(make_model, ids, autocast):
+    model = make_model(num_hidden_layers=2, attnres_num_blocks=2).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        plain = gradients(model, ids)
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        compiled = gradients(model, ids)
+    tolerance = 2e-2 if autocast else 1e-5
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @torch.no_grad()
 def test_save_and_load_through_auto_classes(make_model, ids, tmp_path, convention):

@@ -21,7 +21,8 @@ def make(num_sources: int, dtype: torch.dtype, bias: str | None, seed: int = 0) 
     return {
         "sources": [leaf(BATCH, TOKENS, WIDTH) for _ in range(num_sources)],
         # Logits of order one: rounding errors grow with their size, in every implementation alike.
-        "parameters": [(leaf(WIDTH) / WIDTH**0.5).detach().requires_grad_(), leaf(WIDTH)] + ([leaf(*shapes[bias])] if bias else []),
+        "parameters": [(leaf(WIDTH) / WIDTH**0.5).detach().requires_grad_(), leaf(WIDTH)]
+        + ([leaf(*shapes[bias])] if bias else []),
         "cotangents": [leaf(BATCH, TOKENS, WIDTH).detach(), leaf(BATCH, TOKENS, num_sources).detach()],
     }
 

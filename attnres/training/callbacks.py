@@ -1,0 +1,234 @@
+"""What happens around an optimizer step: signals, clock, progress line, and one ordered list of duties."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+from attnres.model.plan import DepthPlan
+from attnres.run_folder import CHECKPOINTS, step_name
+from attnres.training.checkpoint import prune
+from attnres.training.config import TrainerConfig
+from attnres.training.evaluation import routing_metrics, validation_loss
+from attnres.training.module import CausalLMModule
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that is read between optimizer steps.
+
+    A context manager: previous handlers come back at the end. A second SIGINT interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        # os.write is safe in a handler; a logging lock may be held by the code that was interrupted.
+        os.write(2, f"\n{self.received.name}: saving at the next optimizer step, then stopping\n".encode())
+
+
+class Clock:
+    """Tokens per second, share of the time spent waiting for data, and time left.
+
+    The rate counts time in training steps and data waits, not in validation or saving; the time left counts
+    all of it.
+    """
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+        self._steps = 0
+        self._first_step = self._mark
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tokens = 0
+        self._busy = self._wait = 0.0
+
+    def batch_start(self) -> None:
+        now = time.perf_counter()
+        self._wait += now - self._mark
+        self._mark = now
+
+    def batch_end(self) -> None:
+        now = time.perf_counter()
+        self._busy += now - self._mark
+        self._mark = now
+
+    def step_end(self, tokens: int) -> None:
+        self._tokens += tokens
+        self._steps += 1
+
+    def duties_end(self) -> None:
+        """After validation, logging and saving: their time is nobody's wait."""
+        self._mark = time.perf_counter()
+        if self._steps == 1:
+            # The first step carries compilation and warm-up and would spoil the estimate.
+            self._first_step = self._mark
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / max(self._busy + self._wait, 1e-9)
+
+    def eta(self, steps_left: int) -> float:
+        """Seconds for `steps_left` more steps at the pace so far; NaN during the first two."""
+        if self._steps < 2:
+            return float("nan")
+        return steps_left * (time.perf_counter() - self._first_step) / (self._steps - 1)
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading."""
+        total = max(self._busy + self._wait, 1e-9)
+        rates = {"tokens_per_second": self._tokens / total, "data_wait": self._wait / total}
+        self._reset()
+        return rates
+
+
+class ProgressLine:
+    """One tqdm line on stderr: step, loss, lr, tokens/s, time left."""
+
+    def __init__(self, name: str, step: int, max_steps: int, shown: bool) -> None:
+        # Into a file, a line every ten seconds is enough.
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        self._text = [""]
+        self._bar = tqdm(
+            total=max_steps,
+            initial=step,
+            desc=name,
+            disable=not shown,
+            mininterval=interval,
+            maxinterval=interval,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar}| {postfix[0]}",
+            postfix=self._text,
+        )
+
+    def update(self, loss: float, lr: float, rate: float, eta: float) -> None:
+        left = "--" if eta != eta else tqdm.format_interval(int(eta))
+        self._text[0] = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tok/s  ETA {left}"
+        self._bar.update(1)
+
+    def close(self) -> None:
+        self._bar.refresh()
+        self._bar.close()
+
+
+class StepDuties(Callback):
+    """What is done between two optimizer steps, in this order: validate, look at routing, log, save, stop.
+
+    One callback and not five, because the order is the point: a checkpoint holds the validation loss of its
+    step, a row of metrics is whole, and nothing runs inside an accumulation.
+
+    Args:
+        plan: depth plan of a model that routes; None for one that does not.
+    """
+
+    def __init__(
+        self, config: TrainerConfig, name: str, folder: Path, signals: StopSignals, plan: DepthPlan | None
+    ) -> None:
+        self.config = config
+        self.name = name
+        self.folder = folder
+        self.signals = signals
+        self.plan = plan
+        self.stopped_at: int | None = None
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CausalLMModule)
+        pl_module.model.train()
+        self._step = trainer.global_step
+        self._tokens = pl_module.tokens_seen
+        self._validation = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        self._bar = ProgressLine(self.name, self._step, self.config.max_steps, trainer.is_global_zero)
+        self._clock = Clock()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._clock.batch_start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._clock.batch_end()
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._step_end(trainer, pl_module)
+            self._clock.duties_end()
+
+    def _step_end(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
+        step, config = self._step, self.config
+        stats = module.last_step
+        assert stats is not None
+        self._clock.step_end(module.tokens_seen - self._tokens)
+        self._tokens = module.tokens_seen
+        last = step >= config.max_steps
+        # All ranks must take the same branch, whichever of them the signal reached.
+        stop = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
+        self._bar.update(stats.loss, stats.lr, self._clock.tokens_per_second, self._clock.eta(config.max_steps - step))
+
+        metrics: dict[str, Any] = {}
+        if last or _due(step, config.val_every_steps):
+            limit = config.val_batches * trainer.accumulate_grad_batches
+            module.val_loss = validation_loss(trainer, module.model, self._validation, limit)
+            metrics["val_loss"] = module.val_loss
+        if self.plan is not None and config.routing_every_steps and (last or _due(step, config.routing_every_steps)):
+            metrics |= routing_metrics(trainer, module.model, self.plan, next(iter(self._validation)))
+        if metrics or last or _due(step, config.log_every_steps):
+            row = {
+                "tokens": module.tokens_seen,
+                "loss": stats.loss,
+                "lr": stats.lr,
+                "grad_norm": stats.grad_norm,
+            }
+            row |= self._clock.read() | _memory(module.device) | metrics
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step=step)
+        if last or stop or _due(step, config.checkpoint_every_steps):
+            self._save(trainer, step)
+        if stop and not last:
+            self.stopped_at = step
+            trainer.should_stop = True
+
+    def _save(self, trainer: pl.Trainer, step: int) -> None:
+        trainer.save_checkpoint(self.folder / CHECKPOINTS / step_name(step), weights_only=False)
+        if trainer.is_global_zero:
+            prune(self.folder, step, self.config.keep_last)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}

@@ -1,0 +1,189 @@
+"""What a training run is made of: frozen, validated settings, and the name of the folder that they decide."""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from attnres.config import require, to_plain
+from attnres.data import DataConfig
+
+# Keys that say where and how a run executes, or how often it is saved and logged, not what it computes. A run
+# that is requeued on other hardware, or restarted with a different micro-batch, must find its own folder, so
+# these are left out of the hash. They change results by floating-point rounding at most.
+EXECUTION_KEYS = frozenset(
+    {
+        "name",
+        "resume",
+        "runs_dir",
+        "debug",
+        "logger",
+        "data.cache_dir",
+        "data.obtain",
+        "trainer.micro_batch_size",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.strategy",
+        "trainer.num_workers",
+        "trainer.threads",
+        "trainer.compile",
+        "trainer.gradient_checkpointing",
+        "trainer.val_every_steps",
+        "trainer.log_every_steps",
+        "trainer.routing_every_steps",
+        "trainer.checkpoint_every_steps",
+        "trainer.keep_last",
+    }
+)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up over `warmup_steps`, then cosine to `min_lr_ratio * lr` at the last step.
+
+    `grad_clip` is the largest global gradient norm; 0 turns clipping off.
+    """
+
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.lr) and self.lr > 0, f"lr: expected a number > 0, got {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), f"betas: expected two numbers in [0, 1), got {self.betas}")
+        require(math.isfinite(self.eps) and self.eps > 0, f"eps: expected a number > 0, got {self.eps}")
+        require(self.weight_decay >= 0, f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+        require(self.warmup_steps >= 0, f"warmup_steps: expected an integer >= 0, got {self.warmup_steps}")
+        require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio: expected 0 to 1, got {self.min_lr_ratio}")
+        require(self.grad_clip >= 0, f"grad_clip: expected a number >= 0 (0: off), got {self.grad_clip}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, how large and on what. A step is an optimizer step; batch sizes count sequences.
+
+    `*_every_steps = 0` means never, except that a run always validates and saves at its last step.
+    `val_batches` counts global batches, so that the validation windows do not depend on how a batch is split.
+    `threads = None` leaves torch's own choice.
+    """
+
+    max_steps: int = 200
+    global_batch_size: int = 16
+    micro_batch_size: int = 16
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = 1
+    num_nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    num_workers: int = 0
+    threads: int | None = None
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    val_every_steps: int = 100
+    val_batches: int = 8
+    log_every_steps: int = 10
+    routing_every_steps: int = 100
+    checkpoint_every_steps: int = 100
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "num_nodes",
+            "val_batches",
+            "log_every_steps",
+            "keep_last",
+        )
+        for name in at_least_one:
+            require(getattr(self, name) >= 1, f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        for name in ("num_workers", "val_every_steps", "routing_every_steps", "checkpoint_every_steps"):
+            require(getattr(self, name) >= 0, f"{name}: expected an integer >= 0, got {getattr(self, name)}")
+        for name in ("devices", "threads"):
+            value = getattr(self, name)
+            require(not isinstance(value, int) or value >= 1, f"{name}: expected an integer >= 1, got {value}")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size"
+            f" {self.global_batch_size}; change one of them",
+        )
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Weights & Biases beside the CSV file, which is always written. It is never a reason to stop."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "attnres"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    `model` holds `kind` ("attnres" or "vanilla") and fields of the model's Hugging Face configuration;
+    `resume` is "auto", "must", "never" or the path of a checkpoint folder or run folder; `debug` finds the
+    operation behind a NaN gradient, slowly.
+    """
+
+    model: dict[str, Any]
+    name: str = "tiny"
+    seed: int = 0
+    resume: str = "auto"
+    runs_dir: str = "runs"
+    debug: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
+            f"name: expected letters, digits, '.', '_' or '-' (it names a folder), got {self.name!r}",
+        )
+        require(0 <= self.seed < 2**63, f"seed: expected 0 <= seed < 2**63, got {self.seed}")
+        require(bool(self.resume), "resume: expected auto, must, never or a path, got ''")
+        require(
+            self.optim.warmup_steps <= self.trainer.max_steps,
+            f"optim.warmup_steps: {self.optim.warmup_steps} exceeds trainer.max_steps"
+            f" {self.trainer.max_steps}; lower it too",
+        )
+
+
+def result_config(config: TrainConfig) -> dict[str, Any]:
+    """The part of a configuration that decides what is learned and measured, as plain containers."""
+    return without_execution_keys(to_plain(config))
+
+
+def without_execution_keys(plain: dict[str, Any]) -> dict[str, Any]:
+    """Leaves `EXECUTION_KEYS` out of a plain configuration."""
+    kept: dict[str, Any] = {}
+    for key, value in plain.items():
+        if key in EXECUTION_KEYS:
+            continue
+        if isinstance(value, dict):
+            value = {inner: item for inner, item in value.items() if f"{key}.{inner}" not in EXECUTION_KEYS}
+        kept[key] = value
+    return kept
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Eight hex digits of the SHA-256 of the canonical JSON of `result_config`."""
+    canonical = json.dumps(result_config(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """`<runs_dir>/<name>-<hash>`: the same configuration always lands in the same folder."""
+    return Path(config.runs_dir) / f"{config.name}-{config_hash(config)}"

@@ -1,0 +1,213 @@
+"""Where metrics go: a CSV file always, Weights & Biases when it works. Both are Lightning loggers."""
+
+import csv
+import logging
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from attnres.training.config import LoggerConfig
+
+log = logging.getLogger(__name__)
+
+# Together below the five seconds that a server may cost which takes the connection and then says nothing.
+_PROBE_SECONDS = 2.0
+_INIT_SECONDS = 3.0
+
+
+class _BaseLogger(Logger):
+    @property
+    def name(self) -> str:
+        return "attnres"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        return None
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Configuration is in config.yaml."""
+
+
+class CsvLogger(_BaseLogger):
+    """One row per logged step: `step`, `tokens`, then a column per metric, empty where it was not measured.
+
+    Numbers are written with `repr`, so that reading them back gives the same float.
+
+    Args:
+        path: the file.
+        resume_step: rows after this step are dropped on opening, so that the curve of a resumed run has no
+        seam.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        super().__init__()
+        self.path = path
+        self._columns = ["step", "tokens"]
+        self._rows: list[dict[str, str]] = []
+        self._resume_step = resume_step
+        self._opened = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.open()
+        row = {"step": str(step)} | {name: _text(value) for name, value in metrics.items()}
+        new = [name for name in row if name not in self._columns]
+        self._rows.append(row)
+        if new:
+            self._columns += new
+            self._rewrite()
+            return
+        with open(self.path, "a", encoding="utf-8", newline="") as stream:
+            csv.DictWriter(stream, self._columns, restval="").writerow(row)
+
+    @rank_zero_only
+    def open(self) -> None:
+        """Reads what an earlier process wrote, up to the resumed step."""
+        if self._opened:
+            return
+        self._opened = True
+        if self.path.exists():
+            with open(self.path, encoding="utf-8", newline="") as stream:
+                reader = csv.DictReader(stream)
+                # The last line of a killed process may be cut off anywhere.
+                rows = [r for r in reader if None not in r and None not in r.values() and r["step"].isdigit()]
+                self._columns = list(reader.fieldnames or self._columns)
+            self._rows = [r for r in rows if int(r["step"]) <= self._resume_step]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        temporary = self.path.with_name(f".tmp-{self.path.name}")
+        with open(temporary, "w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, self._columns, restval="")
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(temporary, self.path)
+
+
+class WandbLogger(_BaseLogger):
+    """Weights & Biases that can fail at any point without more than one warning and a few seconds.
+
+    Online without a server that answers becomes offline: `wandb sync` uploads the folder later.
+    """
+
+    def __init__(self, config: LoggerConfig, folder: Path, run_id: str, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self._config = config
+        self._folder = folder
+        self._id = run_id
+        self._settings = settings
+        self._run: Any = None
+        self._off = config.wandb == "disabled"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        def send() -> None:
+            if self._run is None:
+                self._run = self._start()
+            self._run.log({"step": step, **metrics}, step=step)
+
+        self._attempt("log", send)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            code = 0 if status == "success" else 1
+            # An upload that hangs must not keep a finished run from ending.
+            self._attempt("finish", lambda: _within(_INIT_SECONDS, lambda: run.finish(exit_code=code)))
+
+    def _start(self) -> Any:
+        if self._config.wandb == "online":
+            import wandb
+
+            if _within(_PROBE_SECONDS, lambda: _answers(wandb.setup().settings.base_url)):
+                try:
+                    return self._init("online")
+                except (Exception, SystemExit) as error:
+                    reason = str(error)
+            else:
+                reason = "the server does not answer"
+            log.warning("W&B logs offline (%s); upload later with `wandb sync` on %s/wandb", reason, self._folder)
+        return self._init("offline")
+
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
+        import wandb
+
+        # Host, environment and code are recorded by provenance.json, on our terms.
+        wanted: dict[str, Any] = {
+            "silent": True,
+            "console": "off",
+            "init_timeout": _INIT_SECONDS,
+            "login_timeout": _INIT_SECONDS,
+            "finish_timeout": _INIT_SECONDS,
+            "disable_git": True,
+            "disable_code": True,
+            "x_disable_meta": True,
+            "x_disable_stats": True,
+            "x_save_requirements": False,
+        }
+        # Which of these exist depends on the version.
+        known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
+        return wandb.init(
+            project=self._config.project,
+            entity=self._config.entity,
+            id=self._id,
+            name=self._id,
+            resume="allow" if mode == "online" else None,
+            dir=str(self._folder),
+            config=self._settings,
+            mode=mode,
+            settings=wandb.Settings(**known),
+        )
+
+    def _attempt(self, what: str, action: Callable[[], Any]) -> None:
+        if self._off:
+            return
+        try:
+            action()
+        # Whatever a logging service raises, SystemExit included, training goes on.
+        except (Exception, SystemExit) as error:
+            self._off = True
+            log.warning("W&B failed to %s and is off for this run; metrics.csv goes on: %s", what, error)
+
+
+def _answers(url: str) -> bool:
+    """Whether anything speaks HTTP there, through the proxy if one is set."""
+    try:
+        urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _within(seconds: float, action: Callable[[], Any]) -> Any:
+    """The result of `action`, or None if it takes longer or fails; a daemon thread may be left behind."""
+    result: list[Any] = []
+
+    def run() -> None:
+        with suppress(Exception, SystemExit):
+            result.append(action())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0] if result else None
+
+
+def _text(value: float) -> str:
+    return repr(value) if isinstance(value, float) else str(value)

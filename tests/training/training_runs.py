@@ -1,0 +1,182 @@
+"""Tiny runs for the tests of this folder, in this process or in a child that may be killed."""
+
+import csv
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnres.config import build
+from attnres.errors import AttnResError
+from attnres.training.config import TrainConfig
+from attnres.training.fit import train
+from attnres.training.module import CausalLMModule
+
+# What a clock or a machine decides.
+UNREPEATABLE = {"tokens_per_second", "data_wait"}
+KILLED = -signal.SIGKILL
+
+
+def settings(folder: Path, data: dict[str, Any], kind: str = "attnres", **changes: Any) -> dict[str, Any]:
+    """A run of 6 steps of 4 windows; `changes` are dotted keys with `__` for the dot."""
+    model: dict[str, Any] = {
+        "kind": kind,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+    }
+    if kind == "attnres":
+        model["attnres_num_blocks"] = 2
+    plain: dict[str, Any] = {
+        "name": kind,
+        "model": model,
+        "runs_dir": str(folder),
+        "data": data,
+        "optim": {"warmup_steps": 2},
+        "logger": {"wandb": "disabled"},
+        "trainer": {
+            "max_steps": 6,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+            "accelerator": "cpu",
+            "threads": 1,
+            "val_every_steps": 2,
+            "val_batches": 2,
+            "log_every_steps": 1,
+            "routing_every_steps": 3,
+            "checkpoint_every_steps": 2,
+        },
+    }
+    for key, value in changes.items():
+        *path, name = key.split("__")
+        group = plain
+        for part in path:
+            group = group[part]
+        group[name] = value
+    return plain
+
+
+def run(plain: dict[str, Any]) -> Path:
+    """Trains in this process."""
+    return train(build(TrainConfig, plain), "python train.py")
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv without what a clock decides."""
+    with open(folder / "metrics.csv", newline="") as stream:
+        return [{k: v for k, v in row.items() if k not in UNREPEATABLE} for row in csv.DictReader(stream)]
+
+
+def state(folder: Path, step: int) -> dict[str, Any]:
+    """Lightning's state of a checkpoint."""
+    path = folder / "checkpoints" / f"step_{step:08d}" / "training.ckpt"
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bitwise equality of nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def in_child(target: Callable[..., None], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
+    """Starts `target(*arguments)` in a fresh process that has the libraries loaded already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["attnres.training.fit", "training_runs"])
+    # The server does not inherit sys.path in every Python, and without it would preload nothing.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    process = context.Process(target=_guarded, args=(environment or {}, target, *arguments))
+    process.start()
+    return process
+
+
+def exit_code(process: Any, seconds: float = 120) -> int:
+    """Waits for a child; a hanging one is an error."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError("the child did not end")
+    return process.exitcode
+
+
+def _guarded(environment: dict[str, str], target: Callable[..., None], *arguments: Any) -> None:
+    os.environ.update(environment)
+    # Data workers would otherwise inherit the forkserver method, and each would load every library anew.
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        target(*arguments)
+    except AttnResError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+
+
+def child_run(plain: dict[str, Any]) -> None:
+    """Trains in a child."""
+    run(plain)
+
+
+def child_signalled_at(plain: dict[str, Any], number: int, step: int, micro: int) -> None:
+    """Trains, and gets a signal in front of a micro-batch of the step after `step`.
+
+    So do its data workers, as from a scheduler or Ctrl-C.
+    """
+    original = CausalLMModule.training_step
+
+    def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == step and len(self._micro) == micro:
+            os.killpg(0, number)
+        return original(self, batch, batch_idx)
+
+    os.setpgrp()
+    CausalLMModule.training_step = training_step  # type: ignore[method-assign]
+    run(plain)
+
+
+def child_killed_in(plain: dict[str, Any], module: str, name: str, call: int) -> None:
+    """Trains, and is killed in front of the `call`-th call of `module.name`."""
+    owner = importlib.import_module(module)
+    original = getattr(owner, name)
+    calls = 0
+
+    def replacement(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, replacement)
+    run(plain)
+
+
+def child_rank(plain: dict[str, Any]) -> None:
+    """One rank of a distributed run; the rank is in the environment."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    # Lightning reads it on import, which the parent of this process did.
+    rank_zero_only.rank = int(os.environ["RANK"])  # type: ignore[attr-defined]
+    run(plain)
