@@ -65,7 +65,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where or 'configuration'}: expected a mapping, got {_describe(mapping)}")
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    dataclass_type: Any = cls
+    fields = {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
     for key in mapping:
         if key not in fields:
             raise _unknown_field(cls, str(key), where)
@@ -122,7 +123,7 @@ def _unknown_field(cls: Any, key: str, where: str) -> ConfigError:
 def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

@@ -3,7 +3,8 @@
     python benchmarks/bench_train_step.py [--rounds 9]
 
 Three variants take turns on the same batch: AttnRes (torch backend), the same decoder with the additive residual in
-place of every read, and transformers' `Qwen3ForCausalLM`. A step is forward, loss, backward and the fused AdamW update that training uses.
+place of every read, and transformers' `Qwen3ForCausalLM`. A step is forward, loss, backward and the fused AdamW update
+that training uses.
 Exits with 1 if a ratio is above 1.10.
 """
 

@@ -10,7 +10,7 @@ All arithmetic is fp32 (fp64 for fp64 sources).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ def _rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1] + eps)
 
 
-def _in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
+def _in_full_precision(backward: Any) -> Any:
     """Autocast off in a backward pass: a compiled one is traced under the autocast that surrounds the forward."""
 
     @functools.wraps(backward)
@@ -108,7 +108,7 @@ class _Inter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @_in_full_precision
-    def backward(
+    def backward(  # type: ignore[override]
         ctx: Any, d_logits: Tensor | None, d_lse: Tensor | None, *d_mixed: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         values, queries, rstd, scores, weights = ctx.saved_tensors
@@ -159,7 +159,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @_in_full_precision
-    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hat, weight, rstd = ctx.saved_tensors
         d_x, _, d_weight, _ = _norm_backward(d_normed, hat, weight)
         return d_x.mul_(rstd), d_weight, None
@@ -200,7 +200,7 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @_in_full_precision
-    def backward(
+    def backward(  # type: ignore[override]
         ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, d_logit: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         total, h_hat, query, norm_weight, rstd, score, beta, h_rstd = ctx.saved_tensors

@@ -138,7 +138,6 @@ class ProgressLine:
         self._bar.update(1)
 
     def close(self) -> None:
-        self._bar.refresh()
         self._bar.close()
 
 
@@ -161,6 +160,7 @@ class StepDuties(Callback):
         self.signals = signals
         self.plan = plan
         self.stopped_at: int | None = None
+        self._bar: ProgressLine | None = None
         self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -184,14 +184,14 @@ class StepDuties(Callback):
 
     def _step_end(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
         step, config = self._step, self.config
-        stats = module.last_step
-        assert stats is not None
+        stats, bar = module.last_step, self._bar
+        assert stats is not None and bar is not None
         self._clock.step_end(module.tokens_seen - self._tokens)
         self._tokens = module.tokens_seen
         last = step >= config.max_steps
         # All ranks must take the same branch, whichever of them the signal reached.
         stop = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
-        self._bar.update(stats.loss, stats.lr, self._clock.tokens_per_second, self._clock.eta(config.max_steps - step))
+        bar.update(stats.loss, stats.lr, self._clock.tokens_per_second, self._clock.eta(config.max_steps - step))
 
         metrics: dict[str, Any] = {}
         if last or _due(step, config.val_every_steps):
@@ -221,9 +221,16 @@ class StepDuties(Callback):
         if trainer.is_global_zero:
             prune(self.folder, step, self.config.keep_last)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if hasattr(self, "_bar"):
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
 def _due(step: int, every: int) -> bool:

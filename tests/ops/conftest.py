@@ -1,28 +1,10 @@
 """Set-up for the Triton kernels: on a GPU where there is one, else on the CPU through Triton's interpreter."""
 
-import os
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-
-def interpret_triton() -> None:
-    """Have Triton interpret kernels: it decides when it is imported, and `torch._dynamo` may have imported it."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    triton = sys.modules.get("triton")
-    if triton is None or not isinstance(triton.language.sum, triton.JITFunction):
-        return
-    # All of it anew but for the compiled extension, which cannot be loaded twice.
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
-        if not name.startswith("triton._C"):
-            del sys.modules[name]
-
-
-if not torch.cuda.is_available():
-    interpret_triton()
 
 
 def rounded_bf16(bits: np.ndarray) -> np.ndarray:
