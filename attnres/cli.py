@@ -70,7 +70,7 @@ def _guarded(name: str, run: Callable[[dict[str, Any]], None]) -> None:
         task = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(_plain(run, failures))
         task()
         if failures:
-            raise failures[0]
+            raise next((failure for failure in failures if isinstance(failure, Stopped)), failures[0])
     except AttnResError as error:
         _tell(error, error.code, debug)
     except (HydraException, OmegaConfBaseException) as error:
@@ -92,17 +92,19 @@ def _plain(run: Callable[[dict[str, Any]], None], failures: list[AttnResError]) 
     """Hand a command plain containers: no room but this one knows Hydra's types.
 
     A failure is kept rather than raised through Hydra, which would add lines of its own; the other jobs of a sweep in
-    this process still run.
+    this process still run, unless a signal asked to stop.
     """
 
     def task(config: DictConfig) -> None:
+        if any(isinstance(failure, Stopped) for failure in failures):
+            return
         settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(settings, dict)
         try:
             run({str(key): value for key, value in settings.items()})
         except AttnResError as error:
             in_this_process = HydraConfig.get().launcher._target_.endswith("BasicLauncher")
-            if not in_this_process or isinstance(error, Stopped):
+            if not in_this_process:
                 raise
             failures.append(error)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
