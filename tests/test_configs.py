@@ -1,7 +1,6 @@
 """Every file under conf/ composes, validates and describes something that can be built."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import hydra
@@ -73,8 +72,21 @@ def test_every_option_of_a_probe_group_composes(group):
         build(ProbeConfig, compose("probe", f"{group}={path.stem}"))
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `train.py` or `probe.py` as their own process would, in this one: exit code, stdout, stderr."""
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -92,16 +104,16 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["probe.py", "--experimental-rerun", "config.pickle"], 2, "pickle"),
     ],
 )
-def test_command_tells_a_mistake_in_one_line_with_its_exit_code(arguments, code, told):
-    done = command(*arguments)
-    assert done.returncode == code, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_command_tells_a_mistake_in_one_line_with_its_exit_code(command, arguments, code, told):
+    ended, _, stderr = command(*arguments)
+    assert ended == code, stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and told in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in stderr
 
 
-def test_train_prints_the_resolved_configuration_of_the_cluster_run():
-    done = command("train.py", "+experiment=attnres_0p6b", "--cfg", "job")
-    assert done.returncode == 0
-    printed = OmegaConf.to_container(OmegaConf.create(done.stdout))
+def test_train_prints_the_resolved_configuration_of_the_cluster_run(command):
+    code, stdout, _ = command("train.py", "+experiment=attnres_0p6b", "--cfg", "job")
+    assert code == 0
+    printed = OmegaConf.to_container(OmegaConf.create(stdout))
     assert printed == compose("train", "+experiment=attnres_0p6b")
