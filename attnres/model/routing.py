@@ -115,11 +115,12 @@ def route(
     sources = state.finished if current is None else (*state.finished, current)
     log_weights = ops.log_weights(block, index, logit)
     if edit is not None and edited:
-        log_weights = torch.log_softmax(edit(site, log_weights), dim=-1)
-        if bool(torch.isnan(log_weights).any()):
-            raise ValueError(
-                f"edit: every source of a row is removed at read {site.read} ({site.sublayer} of layer {site.layer})"
-            )
+        changed = edit(site, log_weights)
+        if changed is not log_weights:
+            log_weights = torch.log_softmax(changed, dim=-1)
+            if bool(torch.isnan(log_weights).any()):
+                where = f"read {site.read} ({site.sublayer} of layer {site.layer})"
+                raise ValueError(f"edit: every source of a row is removed at {where}; leave at least one")
         normed = ops.mix_and_norm(sources, torch.exp(log_weights), norm.weight, norm_eps)
     if observe is not None:
         observe(Trace(site, log_weights, sources, norm_eps))

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnres.ops import batched
@@ -170,10 +171,14 @@ def log_weights(block: PreparedBlock, index: int, logit: Tensor | None) -> Tenso
         index: which of the block's reads.
         logit: of the running state, from `Merged.logit` or `current_logit`; None where it is empty.
     """
-    logits = block.logits[..., index, :]
-    if logit is not None:
-        logits = torch.cat([logits, logit.unsqueeze(-1)], dim=-1)
-    return torch.log_softmax(logits, dim=-1)
+    logits, lse = block.logits[..., index, :], block.lse[..., index]
+    if logit is None:
+        return logits - lse.unsqueeze(-1)
+    # Log-sum-exp with the running state by elementwise operations, the larger term taken out first: the weight of a
+    # source that holds nearly everything stays exact, and no reduction runs over a handful of sources.
+    largest = torch.maximum(lse, logit)
+    log_sum = F.softplus(-(lse - logit).abs()).unsqueeze(-1)
+    return torch.cat([logits, logit.unsqueeze(-1)], dim=-1) - largest.unsqueeze(-1) - log_sum
 
 
 def current_logit(current: Tensor, read: ReadParameters, eps: float = 1e-6) -> Tensor:
