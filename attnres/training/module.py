@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from attnres.data import NO_TARGET
 from attnres.errors import NumericsError
 from attnres.training.config import OptimConfig
 from attnres.training.optim import build_optimizer, lr_multiplier
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ def nll_sum(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
         inputs["position_ids"] = batch["position_ids"]
     logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"]
-    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total, (labels != IGNORE).sum()
+    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=NO_TARGET, reduction="sum")
+    return total, (labels != NO_TARGET).sum()
 
 
 class CausalLMModule(pl.LightningModule):
