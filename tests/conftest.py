@@ -1,6 +1,9 @@
-"""Set before anything imports Triton, which decides then whether kernels are interpreted on the CPU."""
+"""Set before anything imports torch or Triton: one thread a test process, and kernels interpreted without a GPU."""
 
 import os
+
+# Two workers (pytest-xdist) on few cores: more threads than cores spin, and steps get many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
