@@ -16,8 +16,9 @@ ARROWS = {
     "config": {"errors"},
     "provenance": {"version"},
     "run_folder": {"errors"},
-    "training": {"ops", "model", "data", "config", "provenance", "run_folder", "errors", "version"},
-    "probe": {"ops", "model", "data", "config", "provenance", "run_folder", "errors", "version"},
+    "locate": {"model", "run_folder", "errors"},
+    "training": {"ops", "model", "data", "config", "provenance", "run_folder", "locate", "errors", "version"},
+    "probe": {"ops", "model", "data", "config", "provenance", "run_folder", "locate", "errors", "version"},
     "cli": {"training", "probe", "config", "provenance", "errors"},
 }
 TABLES_ONLY = ("statistics", "inference", "dissociation", "claims", "report", "report_tables", "report_text", "figures",
