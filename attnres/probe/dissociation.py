@@ -34,7 +34,7 @@ def _measured(
     effects: pd.DataFrame, mass: pd.DataFrame, eligibility: pd.DataFrame, split: str, intervention: str
 ) -> dict[str, tuple[pd.DataFrame, dict[str, np.ndarray]]]:
     """Per model: its eligible cells that were run, and [documents, cells] of dnll and of each metric."""
-    effects = effects[effects["intervention"] == intervention]
+    effects, eligibility = (table[table["intervention"] == intervention] for table in (effects, eligibility))
     if not (effects["split"] == split).any():
         return {}
     grid = grid_candidates(effects, eligibility)

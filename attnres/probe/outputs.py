@@ -77,14 +77,9 @@ def write_tables(
 ) -> pd.DataFrame:
     """Judge the cells, write every table and `summary.json`, and return the table of cells."""
     grid, statistics = setting.grid, setting.statistics
-    chosen = eligibility[
-        eligibility["family"].isin(grid.families)
-        & eligibility["sublayer"].isin(grid.sublayers)
-        & eligibility["band"].isin(grid.bands)
-    ].reset_index(drop=True)
-    cells = cell_table(tables.effects, tables.mass, chosen, statistics)
-    contrasts = contrast_table(tables.effects, chosen, statistics, TRAINED)
-    dissociation = dissociation_table(tables.effects, tables.mass, chosen, statistics)
+    cells = cell_table(tables.effects, tables.mass, eligibility, statistics)
+    contrasts = contrast_table(tables.effects, eligibility, statistics, TRAINED)
+    dissociation = dissociation_table(tables.effects, tables.mass, eligibility, statistics)
     tables.effects.to_parquet(folder / "effects.parquet", index=False)
     tables.effects.to_csv(folder / "effects.csv", index=False)
     tables.mass.to_parquet(folder / "mass.parquet", index=False)
@@ -116,7 +111,7 @@ def write_tables(
         "statistics": to_plain(statistics) | setting.counts | {"window_length": grid.length},
         "claims": study_claims(tables.effects, cells, contrasts, dissociation, checks, statistics),
         "dissociation": _dissociation_rows(dissociation),
-        "spearman": _records(spearman_table(tables.effects, tables.mass, chosen, statistics)),
+        "spearman": _records(spearman_table(tables.effects, tables.mass, eligibility, statistics)),
         "recency": {
             "bias": grid.recency_bias,
             "kl_to_vanilla": next(

@@ -84,7 +84,7 @@ def probe(config: ProbeConfig, command: str) -> Result:
     log.info("%d checks passed; writing to %s", len(checks), folder)
 
     chosen = _interventions(config)
-    eligibility = pd.concat([eligibility_table(subject) for subject in subjects], ignore_index=True)
+    eligibility = pd.concat([eligibility_table(subject, chosen) for subject in subjects], ignore_index=True)
     statistics = dataclasses.replace(
         config.statistics, grid_cells=config.statistics.grid_cells or len(grid(trained.model.plan))
     )

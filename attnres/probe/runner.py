@@ -268,19 +268,31 @@ class _RoutingMeans:
         return pd.DataFrame(rows)
 
 
-def eligibility_table(subject: Subject) -> pd.DataFrame:
-    """One row per candidate cell: eligible or why not, from the depth plan alone."""
-    return pd.DataFrame(
-        {
-            "model": subject.name,
-            "family": cell.family,
-            "sublayer": cell.sublayer,
-            "band": cell.band,
-            "eligible": cell.eligible,
-            "reason": cell.reason,
-            "eligible_reads": len(cell.reads),
-            "reads": cell.candidates,
-            "mean_sources": cell.mean_sources,
-        }
-        for cell in grid(subject.plan)
-    )
+def eligibility_table(subject: Subject, interventions: Sequence[Intervention]) -> pd.DataFrame:
+    """One row per candidate cell: eligible or why not, from the depth plan alone.
+
+    Args:
+        subject: the model.
+        interventions: every candidate, the ineligible ones too.
+    """
+    slices = {(cell.family, cell.sublayer, cell.band): cell for cell in grid(subject.plan)}
+    rows = []
+    for item in interventions:
+        assert item.family is not None
+        cell = slices[item.family, item.sublayer, item.band]
+        rows.append(
+            {
+                "model": subject.name,
+                "intervention": item.kind,
+                "cell": item.id,
+                "family": cell.family,
+                "sublayer": cell.sublayer,
+                "band": cell.band,
+                "eligible": cell.eligible,
+                "reason": cell.reason,
+                "eligible_reads": len(cell.reads),
+                "reads": cell.candidates,
+                "mean_sources": cell.mean_sources,
+            }
+        )
+    return pd.DataFrame(rows)

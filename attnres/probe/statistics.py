@@ -106,42 +106,37 @@ def document_means(
 
 
 def grid_candidates(effects: pd.DataFrame, eligibility: pd.DataFrame) -> pd.DataFrame:
-    """Candidate cells of each model, crossed with the interventions found in `effects`, in the order of
-    `eligibility`.
+    """Candidate cells of each model, in the order of `eligibility`, model by model.
 
     Args:
         effects: tidy effects of every split.
-        eligibility: one row per model x candidate.
+        eligibility: one row per model x candidate: its `cell` id, intervention and slice.
 
     Returns:
-        `eligibility` with `intervention`, `cell` (its string id) and `ran` (effects are there).
+        `eligibility` with `ran` (effects are there).
 
     Raises:
         ValueError: effects of a cell that `eligibility` does not list, or of one id with two meanings.
     """
-    interventions = sorted(effects["intervention"].unique()) or ["mask"]
-    design = effects[["cell", "intervention", *SLICE]].drop_duplicates()
-    if design.duplicated("cell").any() or design.duplicated(["intervention", *SLICE]).any():
-        raise ValueError(
-            "effects name one cell in two ways: an id must stand for one intervention, family, sublayer, band"
-        )
-    grid = pd.DataFrame({"intervention": interventions}).merge(eligibility, how="cross")
-    grid = grid.merge(design, how="left", on=["intervention", *SLICE])
-    unnamed = grid["cell"].isna()
-    composed = [f"{row.intervention}:{row.family}@{row.sublayer}.{row.band}" for row in grid[unnamed].itertuples()]
-    grid.loc[unnamed, "cell"] = composed
+    missing = [name for name in ("model", "intervention", "cell", *SLICE, "eligible") if name not in eligibility]
+    if missing:
+        raise ValueError(f"eligibility lacks the columns {missing}: pass the one of the probe's runner")
+    design = [table[["cell", "intervention", *SLICE]].drop_duplicates() for table in (effects, eligibility)]
+    for known in (*design, pd.concat(design).drop_duplicates()):
+        if known.duplicated("cell").any() or known.duplicated(["intervention", *SLICE]).any():
+            raise ValueError(
+                "one cell is named in two ways: an id must stand for one intervention, family, sublayer, band"
+            )
     measured = set(effects[["model", "cell"]].drop_duplicates().itertuples(index=False, name=None))
-    listed = list(zip(grid["model"], grid["cell"], strict=True))
+    listed = list(zip(eligibility["model"], eligibility["cell"], strict=True))
     if len(set(listed)) != len(listed):
-        raise ValueError("eligibility repeats a candidate cell: one row per model, family, sublayer and band")
+        raise ValueError("eligibility repeats a candidate cell: one row per model and cell")
     unlisted = measured - set(listed)
     if unlisted:
         raise ValueError(f"effects of {sorted(unlisted)[0]} but eligibility does not list it: pass both from one run")
-    grid["eligible"] = grid["eligible"].astype(bool)
-    grid["ran"] = [key in measured for key in listed]
     order = {model: place for place, model in enumerate(eligibility["model"].unique())}
-    grid = grid.sort_values("model", key=lambda column: column.map(order), kind="stable")
-    return grid.reset_index(drop=True)
+    grid = eligibility.assign(eligible=eligibility["eligible"].astype(bool), ran=[key in measured for key in listed])
+    return grid.sort_values("model", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
 def _family_size(candidates: int, excluded: int, tested: int, config: StatisticsConfig) -> int:

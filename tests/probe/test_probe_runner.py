@@ -203,6 +203,9 @@ def test_recency_check_uses_the_bias_it_was_given():
 
 
 def test_eligibility_table_lists_all_candidates_with_reasons():
-    table = eligibility_table(Subject("attnres", attnres()))
-    assert len(table) == 24
+    subject = Subject("attnres", attnres())
+    candidates = [Intervention("mask", c.family, c.sublayer, c.band) for c in grid(subject.plan)]
+    table = eligibility_table(subject, candidates)
+    assert list(table["cell"]) == [item.id for item in candidates] and len(table) == 24
+    assert set(table["intervention"]) == {"mask"}
     assert bool((table["eligible"] == (table["reason"] == "")).all())

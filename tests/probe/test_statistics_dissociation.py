@@ -21,8 +21,9 @@ def tables(mass, effect, pilot=None, noise=0.01, documents=30, seed=0, sublayers
     for sublayer in sublayers:
         for place, (family, band) in enumerate(CELLS[: len(mass)]):
             where = {"model": "attnres", "family": family, "sublayer": sublayer, "band": band}
+            cell = {"cell": f"mask:{family}@{sublayer}.{band}", "intervention": "mask"}
             eligibility.append(
-                where | {"eligible": True, "reason": "", "eligible_reads": 2, "reads": 2, "mean_sources": 4.0}
+                where | cell | {"eligible": True, "reason": "", "eligible_reads": 2, "reads": 2, "mean_sources": 4.0}
             )
             for split, first in (("pilot", 0), ("confirm", 1000)):
                 means = (mass, effect) if split == "confirm" or pilot is None else pilot
@@ -33,7 +34,6 @@ def tables(mass, effect, pilot=None, noise=0.01, documents=30, seed=0, sublayers
                     "kl": 0.0,
                     "flips": 0.0,
                 }
-                cell = {"cell": f"mask:{family}@{sublayer}.{band}", "intervention": "mask"}
                 effects.append(pd.DataFrame(rows | cell | values))
                 shares = {"mass": means[0][place] + noise * rng.normal(size=documents), "uniform_share": 0.25}
                 for metric in ("norm_share", "displacement"):

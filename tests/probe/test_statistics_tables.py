@@ -49,6 +49,8 @@ def tables(effects_by_cell, models=("attnres", "uniform"), windows=2, documents=
             eligibility.append(
                 where
                 | {
+                    "intervention": "mask",
+                    "cell": name(piece),
                     "eligible": eligible,
                     "reason": reason,
                     "eligible_reads": 3 * eligible,
@@ -217,8 +219,11 @@ def test_cell_table_corrects_part_of_a_grid_over_the_whole():
 
 def test_cell_table_counts_interventions_into_the_grid():
     effects, mass, eligibility = random_tables()
-    uniform = effects.assign(intervention="scale:0.5", cell=effects["cell"].str.replace("mask", "scale:0.5"))
-    both = cell_table(pd.concat([effects, uniform]), mass, eligibility, QUICK)
+    more, listed = (
+        table.assign(intervention="scale:0.5", cell=table["cell"].str.replace("mask", "scale:0.5"))
+        for table in (effects, eligibility)
+    )
+    both = cell_table(pd.concat([effects, more]), mass, pd.concat([eligibility, listed]), QUICK)
     alone = cell_table(effects, mass, eligibility, QUICK)
     assert len(both) == 2 * len(alone)
     assert "scale:0.5:older@mlp.early" in set(both["cell"])
