@@ -134,6 +134,10 @@ def _describe(subject: Subject, located: tuple[Located, Located], clean_nll: Map
     return {
         "name": subject.name,
         "path": str(where.folder),
+        "run": where.run,
+        "experiment": where.training.get("name"),
+        "seed": where.training.get("seed"),
+        "training": where.training.get("config"),
         "kind": "trained AttnRes" if subject.schedule is None else f"vanilla Qwen3, {subject.schedule} wrap",
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "convention": subject.plan.convention,

@@ -26,6 +26,7 @@ from attnres.probe.locate import Located, locate, locate_baseline
 from attnres.probe.outputs import TRAINED, Setting, preregistration, write_tables
 from attnres.probe.report import write_report
 from attnres.probe.runner import Split, Subject, Tables, eligibility_table, run_grid
+from attnres.probe.viewer import write_viewer
 from attnres.provenance import collect, write_json
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def probe(config: ProbeConfig, command: str) -> Result:
     tables = _run(config, subjects, chosen, windows)
     with _storage_errors(folder):
         judged = write_tables(folder, setting, tables, eligibility, len(cells))
+        write_viewer(folder, subjects[0], windows["confirm"], corpus)
         report = write_report(folder)
     return Result(folder, report, judged)
 
