@@ -7,16 +7,20 @@ script wants (the run folder; the report's path), everything else goes to stderr
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 # Hydra would tell an error in its own words and exit with 1; here errors are told by `_guarded`.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -26,9 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 from attnres.config import build, unknown_key
 from attnres.errors import AttnResError, ConfigError, Stopped, StorageError
 from attnres.provenance import command_line
+from attnres.run_folder import refuse_unsafe_loading
 
 CONF = Path(__file__).parents[1] / "conf"
-_INTERRUPTED = 130
+_MOST_TOLD = 2000
 
 
 def train() -> None:
@@ -65,27 +70,45 @@ def _guarded(name: str, run: Callable[[dict[str, Any]], None]) -> None:
     for noisy in ("lightning", "httpx", "filelock", "matplotlib", "fontTools", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     failures: list[AttnResError] = []
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = {number: signal.signal(number, partial(_stop, os.getpid())) for number in numbers}
     try:
         _refuse_pickles()
+        refuse_unsafe_loading()
         task = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(_plain(run, failures))
         task()
         if failures:
             raise next((failure for failure in failures if isinstance(failure, Stopped)), failures[0])
     except AttnResError as error:
         _tell(error, error.code, debug)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         told = _explain(error, name)
         _tell(told, told.code, debug)
     except KeyboardInterrupt:
-        _tell(
-            RuntimeError("interrupted before anything could be saved; run the same command again"), _INTERRUPTED, debug
-        )
+        _tell(Stopped("interrupted before the next step could be saved; the same command resumes"), Stopped.code, debug)
     except OSError as error:
         _tell(
-            StorageError(f"{error.filename or 'file'}: {error.strerror}; check space and permissions"),
+            StorageError(f"{error.filename or 'file'}: {error.strerror or error}; check space and permissions"),
             StorageError.code,
             debug,
         )
+    except Exception as error:
+        text = f"unexpected {type(error).__name__}: {error}; run again with debug=true for the traceback, and report it"
+        _tell(RuntimeError(text), AttnResError.code, debug)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop(command: int, number: int, frame: FrameType | None) -> None:
+    """A signal while there is nothing to save: no file is ever half written, so the process may end anywhere."""
+    if os.getpid() != command:
+        # A process forked from the command dies as if it had no handler.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    os.write(2, f"\nerror: stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+    os._exit(Stopped.code)
 
 
 def _plain(run: Callable[[dict[str, Any]], None], failures: list[AttnResError]) -> Callable[[DictConfig], None]:
@@ -121,7 +144,9 @@ def _refuse_pickles() -> None:
 def _tell(error: Exception, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    # A message may quote a file from anywhere: no control characters for the terminal, and an end.
+    told = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    print(f"error: {told if len(told) <= _MOST_TOLD else told[:_MOST_TOLD] + ' ...'}", file=sys.stderr)
     sys.exit(code)
 
 

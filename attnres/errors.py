@@ -40,6 +40,10 @@ class StorageError(AttnResError):
     code = 6
 
 
+class RankLost(AttnResError):
+    """Another process of a distributed run is gone; the same command resumes."""
+
+
 class Stopped(AttnResError):
     """Stopped by a signal after saving; the same command resumes."""
 

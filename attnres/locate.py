@@ -1,6 +1,5 @@
 """From a path in a configuration to a verified Hugging Face folder."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnres.errors import CheckpointError
+from attnres.json_files import read_object
 from attnres.model.loading import model_folder
 from attnres.model.released import weight_files
 from attnres.run_folder import CHECKPOINTS, COMPLETE, MANIFEST, MODEL_FOLDER, latest, sha256_of, verify
@@ -108,9 +108,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: unreadable ({error}); copy the checkpoint again") from error
-    return value if isinstance(value, dict) else {}

@@ -7,11 +7,14 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from attnres import faults
 
 PACKAGES = (
     "torch",
@@ -30,6 +33,8 @@ PACKAGES = (
 )
 # `tokenizer` and `max_tokens` are not secrets; `token` and `hf_token` are.
 _SECRET = re.compile(r"(^|[._-])token$|secret|passw|credential|api[_-]?key|access[_-]?key", re.IGNORECASE)
+# Values that give themselves away, whatever they are called: tokens of hubs, and the user part of a URL.
+_SECRET_VALUE = re.compile(r"\b(?:hf|api_org|ghp|gho|glpat|sk|wandb)[_-][A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+@")
 
 
 def git_state() -> dict[str, Any]:
@@ -85,7 +90,7 @@ def collect(command: str, seeds: Mapping[str, int], hashes: Mapping[str, str | N
 
 
 def redact(command: str) -> str:
-    """Masks the values of `key=value` and `--key value` arguments whose key looks like a secret."""
+    """Masks the values of `key=value` and `--key value` arguments whose key looks like a secret, and known tokens."""
     words = command.split(" ")
     for i, word in enumerate(words):
         key, separator, _ = word.partition("=")
@@ -93,23 +98,53 @@ def redact(command: str) -> str:
             words[i] = f"{key}=***"
         elif i and words[i - 1].startswith("--") and "=" not in words[i - 1] and _SECRET.search(words[i - 1]):
             words[i] = "***"
-    return " ".join(words)
+    return _SECRET_VALUE.sub("***", " ".join(words))
+
+
+def redact_values(value: Any) -> Any:
+    """`redact` for every string in plain containers, and for values whose key looks like a secret."""
+    if isinstance(value, Mapping):
+        return {
+            key: "***" if isinstance(item, str) and _SECRET.search(str(key)) else redact_values(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact_values(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def command_line() -> str:
-    """The command that started this process."""
-    return " ".join([Path(sys.executable).name, *sys.argv])
+    """The command that started this process, without secrets."""
+    return redact(" ".join([Path(sys.executable).name, *sys.argv]))
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file that appears under its final name whole, or not at all.
+
+    Yields:
+        The temporary path beside it to write to. It is flushed and renamed at the end, and removed after an error.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    # What a killed process left, or a link that somebody put there: neither is written through.
+    temporary.unlink(missing_ok=True)
+    temporary.open("xb").close()
+    try:
+        yield temporary
+        fsync_path(temporary)
+        faults.point("write")
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all: a flushed temporary file beside it, then a rename."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
+    """Writes a small file whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,13 +7,18 @@ runs/<name>-<hash>/checkpoints/step_00000200/
 """
 
 import hashlib
-import json
 import logging
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attnres.errors import CheckpointError
+from filelock import FileLock, Timeout
+
+from attnres.errors import CheckpointError, ConfigError
+from attnres.json_files import read_object
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +27,7 @@ TRAINING_FILE = "training.ckpt"
 MODEL_FOLDER = "model"
 MANIFEST = "manifest.json"
 COMPLETE = "complete.json"
+LOCK = ".lock"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -43,6 +49,49 @@ def list_steps(run_folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """One process writes to a folder at a time. The lock is the kernel's, so that it dies with its holder.
+
+    Args:
+        what: kind of process that may hold it, for the message.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{folder} is in use by another {what} process; wait for it or change the run") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_links(folder: Path) -> None:
+    """What is written to a run folder must stay in it.
+
+    Raises:
+        ConfigError: an entry of the folder is a link that leads out of it.
+    """
+    root = folder.resolve()
+    for path in (*folder.iterdir(), *folder.glob(f"{CHECKPOINTS}/*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise ConfigError(f"{path} is a link out of the run folder; remove it, or move the whole folder instead")
+
+
+def refuse_unsafe_loading() -> None:
+    """Torch lets an environment variable turn its safe unpickler off.
+
+    Raises:
+        ConfigError: it is set.
+    """
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        raise ConfigError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD makes loading checkpoints unsafe; unset it")
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Checks every file of a step folder against its manifest, before anything in it is used.
 
@@ -50,11 +99,11 @@ def verify(folder: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CheckpointError: no manifest, a missing or altered file, or a manifest that names something outside the folder.
+        CheckpointError: no manifest, a missing, altered or unlisted file, or one that lies outside the folder.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_object(path)
         files = {str(name): (entry["sha256"], int(entry["bytes"])) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so not a complete checkpoint; choose another") from None
@@ -65,15 +114,24 @@ def verify(folder: Path) -> dict[str, Any]:
     root = folder.resolve()
     for name, (sha256, size) in files.items():
         file = folder / name
-        if not file.resolve().is_relative_to(root):
-            raise CheckpointError(f"{path}: names {name!r}, which lies outside the checkpoint; do not use it")
         try:
-            intact = file.stat().st_size == size and sha256_of(file) == sha256
-        except OSError as error:
-            raise CheckpointError(f"{file}: {error.strerror}; choose another checkpoint") from error
+            if not file.resolve().is_relative_to(root):
+                raise CheckpointError(f"{path}: names {name!r}, which lies outside the checkpoint; do not use it")
+            # Size and type first: a device or a pipe has no end.
+            intact = file.stat().st_size == size and file.is_file() and sha256_of(file) == sha256
+        except (OSError, ValueError) as error:
+            told = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{file}: {told}; choose another checkpoint") from error
         if not intact:
             raise CheckpointError(f"{file}: size or sha256 differs from the manifest; choose another checkpoint")
+    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or file.is_file()}
+    if strays := sorted(name for name in found - files.keys() - {MANIFEST} if not _hidden(name)):
+        raise CheckpointError(f"{folder / strays[0]}: not in the manifest; remove it or choose another checkpoint")
     return manifest
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -110,12 +168,9 @@ def read_info(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in ("training.json", "data.json"):
         path = folder / MODEL_FOLDER / name
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            found.append(read_object(path))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: unreadable ({error}); choose another checkpoint") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path}: expected a JSON object; choose another checkpoint")
-        found.append(value)
     return found[0], found[1]
 
 

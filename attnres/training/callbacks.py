@@ -15,12 +15,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
+from attnres import faults
+from attnres.errors import Stopped
 from attnres.model.plan import DepthPlan
 from attnres.run_folder import CHECKPOINTS, step_name
 from attnres.training.checkpoint import prune
 from attnres.training.config import TrainerConfig
 from attnres.training.evaluation import routing_metrics, validation_loss
 from attnres.training.module import CausalLMModule
+from attnres.training.ranks import Peers, launched_by_lightning
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +33,36 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignals:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that is read between optimizer steps.
 
-    A context manager: previous handlers come back at the end. A second SIGINT interrupts at once.
+    Until `can_save` is set there is nothing to save, and a signal ends the process at once with exit code 75. That is
+    done by a thread, because a handler of Python has to wait until torch returns, and a rank that waits for another
+    one to arrive does not. A second SIGINT interrupts at once. A context manager: previous handlers come back.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.can_save = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._previous_descriptor = -1
+        self._write = -1
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
+            read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
             self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+            self._previous_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in SIGNALS:
                 signal.signal(number, self._handle)
+            threading.Thread(target=self._watch, args=(read,), daemon=True, name="stop-signals").start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._write != -1:
+            signal.set_wakeup_fd(self._previous_descriptor)
+            os.close(self._write)
+            self._write = -1
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
@@ -54,6 +70,17 @@ class StopSignals:
         self.received = signal.Signals(number)
         # os.write is safe in a handler; a logging lock may be held by the code that was interrupted.
         os.write(2, f"\n{self.received.name}: saving at the next optimizer step, then stopping\n".encode())
+
+    def _watch(self, read: int) -> None:
+        while number := os.read(read, 1):
+            if number[0] in SIGNALS and not self.can_save:
+                name = signal.Signals(number[0]).name
+                os.write(2, f"\nerror: {name} before the first step; the same command starts again\n".encode())
+                if not launched_by_lightning():
+                    os._exit(Stopped.code)
+                # Its end ends this process too, see `bound_to_launcher`.
+                os.kill(os.getppid(), number[0])
+        os.close(read)
 
 
 class Clock:
@@ -152,13 +179,21 @@ class StepDuties(Callback):
     """
 
     def __init__(
-        self, config: TrainerConfig, name: str, folder: Path, signals: StopSignals, plan: DepthPlan | None
+        self,
+        config: TrainerConfig,
+        name: str,
+        folder: Path,
+        signals: StopSignals,
+        peers: Peers,
+        plan: DepthPlan | None,
     ) -> None:
         self.config = config
         self.name = name
         self.folder = folder
         self.signals = signals
+        self.peers = peers
         self.plan = plan
+        self.started = False
         self.stopped_at: int | None = None
         self._bar: ProgressLine | None = None
         self._step = 0
@@ -171,8 +206,11 @@ class StepDuties(Callback):
         self._validation = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         self._bar = ProgressLine(self.name, self._step, self.config.max_steps, trainer.is_global_zero)
         self._clock = Clock()
+        self.peers.meet()
+        self.started = self.signals.can_save = True
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        faults.point("train.batch")
         self._clock.batch_start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -183,6 +221,7 @@ class StepDuties(Callback):
             self._clock.duties_end()
 
     def _step_end(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
+        faults.point("train.step")
         step, config = self._step, self.config
         stats, bar = module.last_step, self._bar
         assert stats is not None and bar is not None
@@ -196,6 +235,7 @@ class StepDuties(Callback):
         metrics: dict[str, Any] = {}
         if last or _due(step, config.val_every_steps):
             limit = config.val_batches * trainer.accumulate_grad_batches
+            faults.point("train.validation")
             module.val_loss = validation_loss(trainer, module.model, self._validation, limit)
             metrics["val_loss"] = module.val_loss
         if self.plan is not None and config.routing_every_steps and (last or _due(step, config.routing_every_steps)):
@@ -211,13 +251,15 @@ class StepDuties(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=step)
         if last or stop or _due(step, config.checkpoint_every_steps):
-            self._save(trainer, step)
+            self._save(trainer, step, ends=last or stop)
         if stop and not last:
             self.stopped_at = step
             trainer.should_stop = True
 
-    def _save(self, trainer: pl.Trainer, step: int) -> None:
+    def _save(self, trainer: pl.Trainer, step: int, ends: bool) -> None:
         trainer.save_checkpoint(self.folder / CHECKPOINTS / step_name(step), weights_only=False)
+        if ends:
+            self.peers.part()
         if trainer.is_global_zero:
             prune(self.folder, step, self.config.keep_last)
 

@@ -6,6 +6,7 @@ publishes it.
 
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from attnres.errors import NumericsError, StorageError
+from attnres import faults
+from attnres.errors import CheckpointError, NumericsError, StorageError
 from attnres.provenance import fsync_path, write_json
 from attnres.run_folder import (
     CHECKPOINTS,
@@ -27,10 +29,12 @@ from attnres.run_folder import (
     MODEL_FOLDER,
     TRAINING_FILE,
     list_steps,
+    refuse_unsafe_loading,
     sha256_of,
 )
 
 _MARGIN_BYTES = 32 * 2**20
+_STATE_KEYS = frozenset({"state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "attnres"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class RunCheckpointIO(TorchCheckpointIO):
         write_checkpoint(Path(path), checkpoint, self.model, self.info)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_state(Path(path), self.model)
 
 
 def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrainedModel, info: ExportInfo) -> None:
@@ -80,29 +84,76 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
     bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise NumericsError(f"{folder.name}: weights are not finite ({bad[0]} and {len(bad) - 1} more); not saved")
+    if not _all_finite(checkpoint.get("optimizer_states")):
+        raise NumericsError(f"{folder.name}: the optimizer's state is not finite; not saved: lower optim.lr")
     parent = folder.parent
     temporary = parent / f".tmp-{folder.name}"
     try:
+        faults.point("save.begin")
         parent.mkdir(parents=True, exist_ok=True)
         _check_space(parent, _tensor_bytes(checkpoint) + _tensor_bytes(weights))
         _remove(temporary)
         (temporary / MODEL_FOLDER).mkdir(parents=True)
+        faults.point("save.tensors")
         _save_tensors(checkpoint, temporary / TRAINING_FILE)
+        faults.point("save.export")
         training = info.training | {k: checkpoint["attnres"][k] for k in ("step", "tokens", "val_loss")}
         export_model(temporary / MODEL_FOLDER, model, weights, info, training)
+        faults.point("save.manifest")
         _write_manifest(temporary)
+        faults.point("save.rename")
         if folder.exists():
             trash = parent / f".trash-{folder.name}"
             _remove(trash)
             os.replace(folder, trash)
+            faults.point("save.replace")
         os.replace(temporary, folder)
         fsync_path(parent)
+        faults.point("save.published")
         _remove(parent / f".trash-{folder.name}")
     # safetensors reports a full disk as its own type.
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             _remove(temporary)
         raise StorageError(f"{folder}: cannot write the checkpoint ({error}); free space or fix the folder") from error
+
+
+def read_state(path: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """Lightning's state from a verified checkpoint: data alone, no larger than its file, and of this model.
+
+    Raises:
+        ConfigError: torch's safe unpickler is turned off.
+        CheckpointError: the file is something else.
+    """
+    refuse_unsafe_loading()
+    remedy = "choose another checkpoint"
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        # Torch stores and never compresses; what would unpack to more than the file was not written by it.
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+            raise CheckpointError(f"{path}: its records are compressed or overlap, which torch never writes; {remedy}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the archive, the unpickler and the storages each raise types of their own
+        # Torch's message goes on to explain how to load it all the same.
+        told = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: not a training state ({type(error).__name__}: {told}); {remedy}") from error
+    missing = _STATE_KEYS - state.keys() if isinstance(state, dict) else _STATE_KEYS
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}; {remedy}")
+    if not _stored_in_full(state):
+        raise CheckpointError(f"{path}: holds a tensor larger than its storage; {remedy}")
+    wanted = {f"model.{name}": value.shape for name, value in model.state_dict().items()}
+    stored = {name: getattr(value, "shape", None) for name, value in dict(state["state_dict"]).items()}
+    differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+    if differing:
+        raise CheckpointError(
+            f"{path}: {len(differing)} weights are not those of this model, {differing[0]} among them; {remedy}"
+        )
+    return state
 
 
 def export_model(
@@ -134,7 +185,9 @@ def prune(run_folder: Path, newest: int, keep: int) -> None:
         # A folder that is half deleted must not carry a final name.
         trash = steps[step].with_name(f".trash-{steps[step].name}")
         _remove(trash)
+        faults.point("prune.rename")
         os.replace(steps[step], trash)
+        faults.point("prune.remove")
         _remove(trash)
 
 
@@ -176,14 +229,29 @@ def _write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
-def _tensor_bytes(value: Any) -> int:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(_tensor_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_tensor_bytes(item) for item in value)
-    return 0
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _all_finite(value: Any) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
+
+
+def _stored_in_full(value: Any) -> bool:
+    """Whether no tensor repeats its elements: a stride of 0 makes gigabytes of a few bytes once it is copied."""
+    return all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in _tensors(value))
+
+
+def _tensor_bytes(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -1,30 +1,37 @@
 """`train`: from a configuration to a finished run folder, resumable at every step."""
 
 import errno
-import json
 import logging
-import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
+from attnres import faults
 from attnres.config import to_plain
 from attnres.data import Corpus, TextDataModule, accumulation_steps, prepare
-from attnres.errors import ConfigError, Stopped, StorageError
-from attnres.provenance import collect, write_json, write_text
-from attnres.run_folder import CHECKPOINTS, COMPLETE, TRAINING_FILE, step_name
+from attnres.errors import AttnResError, CheckpointError, ConfigError, Stopped, StorageError
+from attnres.json_files import read_object
+from attnres.provenance import collect, redact_values, write_json, write_text
+from attnres.run_folder import (
+    CHECKPOINTS,
+    COMPLETE,
+    TRAINING_FILE,
+    locked,
+    refuse_links,
+    refuse_unsafe_loading,
+    step_name,
+)
 from attnres.training.callbacks import SIGNALS, StepDuties, StopSignals
 from attnres.training.checkpoint import ExportInfo, RunCheckpointIO, clean
 from attnres.training.config import (
@@ -36,6 +43,7 @@ from attnres.training.config import (
 from attnres.training.loggers import CsvLogger, WandbLogger
 from attnres.training.models import build_model, model_config
 from attnres.training.module import CausalLMModule
+from attnres.training.ranks import GROUP_TIMEOUT, Peers, bound_to_launcher, is_connection_loss
 from attnres.training.resume import Start, check_compatible, choose_start, completed
 
 log = logging.getLogger(__name__)
@@ -59,8 +67,7 @@ def train(config: TrainConfig, command: str) -> Path:
         StorageError: the folder cannot be written.
         Stopped: a signal came; the state is saved and the same command resumes.
     """
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        raise ConfigError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD makes loading checkpoints unsafe; unset it")
+    refuse_unsafe_loading()
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     # Before anything is made; the corpus's own vocabulary is checked when it is known.
@@ -68,13 +75,16 @@ def train(config: TrainConfig, command: str) -> Path:
     folder = run_folder(config)
     with _storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with bound_to_launcher(), locked(folder, "training") if _rank() == 0 else nullcontext():
+        refuse_links(folder)
+        faults.point("train.setup")
         finished = completed(folder, config.trainer.max_steps)
         if finished and config.resume != "never":
             log.info("%s: already complete at step %d; nothing to train", folder, finished["step"])
             return folder
         start = choose_start(config, folder)
         corpus = prepare(config.data)
+        faults.point("train.data")
         if start.checkpoint is not None:
             check_compatible(config, corpus, start.checkpoint)
         _fit(config, corpus, folder, start, command)
@@ -82,9 +92,10 @@ def train(config: TrainConfig, command: str) -> Path:
 
 
 def _fit(config: TrainConfig, corpus: Corpus, folder: Path, start: Start, command: str) -> None:
-    settings, trainer_config = to_plain(config), config.trainer
+    settings, trainer_config = redact_values(to_plain(config)), config.trainer
     architecture = model_config(config.model, corpus.vocab_size, corpus.eos_id, config.data.sequence_length)
-    with StopSignals() as signals:
+    with StopSignals() as signals, _out_of_memory():
+        faults.point("train.model")
         model = build_model(architecture, config.seed)
         if trainer_config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -100,7 +111,7 @@ def _fit(config: TrainConfig, corpus: Corpus, folder: Path, start: Start, comman
             data={
                 "fingerprint": corpus.fingerprint,
                 "tokenizer_sha256": corpus.tokenizer_sha256,
-                "config": to_plain(config.data),
+                "config": settings["data"],
             },
         )
         if _rank() == 0:
@@ -109,7 +120,8 @@ def _fit(config: TrainConfig, corpus: Corpus, folder: Path, start: Start, comman
                 (folder / COMPLETE).unlink(missing_ok=True)
                 _describe(folder, config, corpus, start, command)
         plan = architecture.plan() if hasattr(architecture, "plan") else None
-        duties = StepDuties(trainer_config, config.name, folder, signals, plan)
+        peers = Peers()
+        duties = StepDuties(trainer_config, config.name, folder, signals, peers, plan)
         loggers = [
             CsvLogger(folder / "metrics.csv", start.step),
             WandbLogger(config.logger, folder, folder.name, settings),
@@ -136,14 +148,26 @@ def _fit(config: TrainConfig, corpus: Corpus, folder: Path, start: Start, comman
             start.step + 1,
             trainer_config.max_steps,
         )
-        if signals.received is not None:
-            raise Stopped(f"{signals.received.name} before the first step; the same command starts again")
         resume_from = str(start.checkpoint / TRAINING_FILE) if start.checkpoint else None
-        with _storage_errors(folder):
-            trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        faults.point("train.fit")
+        try:
+            with _storage_errors(folder):
+                trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        except (AttnResError, OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            told = " ".join(str(error).split())[:200]
+            if trainer.world_size > 1 and is_connection_loss(error):
+                raise peers.lost(f"rank {_rank()} was left alone ({told})") from error
+            if resume_from and not duties.started:
+                raise CheckpointError(
+                    f"{resume_from}: cannot be restored ({told}); choose another checkpoint"
+                ) from error
+            raise
     if duties.stopped_at is not None:
         name = signals.received.name if signals.received else "a signal on another rank"
         raise Stopped(f"stopped by {name}, saved at step {duties.stopped_at} in {folder}; the same command resumes")
+    faults.point("train.complete")
     if _rank() == 0:
         with _storage_errors(folder):
             _finish(folder, trainer, module)
@@ -209,7 +233,7 @@ def _quieten_libraries() -> None:
 
 def _strategy(config: TrainerConfig) -> str | Strategy:
     if config.strategy == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True)
+        return DDPStrategy(gradient_as_bucket_view=True, timeout=GROUP_TIMEOUT)
     if config.strategy == "fsdp2":
         devices = config.devices if isinstance(config.devices, int) else max(1, torch.cuda.device_count())
         # Left to itself, Lightning chooses tensor parallelism on one node. The checkpoint is one file with
@@ -219,13 +243,14 @@ def _strategy(config: TrainerConfig) -> str | Strategy:
             data_parallel_size=devices * config.num_nodes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
+            timeout=GROUP_TIMEOUT,
         )
     return "auto"
 
 
 def _describe(folder: Path, config: TrainConfig, corpus: Corpus, start: Start, command: str) -> None:
     """config.yaml, and provenance.json with a record for every time that the run was started."""
-    write_text(folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(redact_values(to_plain(config)), sort_keys=False))
     hashes = {
         "config": config_hash(config),
         "data": corpus.fingerprint,
@@ -234,7 +259,7 @@ def _describe(folder: Path, config: TrainConfig, corpus: Corpus, start: Start, c
     record = collect(command, {"training": config.seed, "data": config.data.seed}, hashes)
     path = folder / "provenance.json"
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8")) if start.step else None
+        earlier = read_object(path) if start.step else None
     except (OSError, ValueError):
         earlier = None
     if earlier is not None:
@@ -282,20 +307,19 @@ def _rank() -> int:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One training process per folder. The lock is the kernel's, so that it dies with its holder."""
-    if _rank() != 0:
-        yield
-        return
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{folder} is in use by another training process; wait for it or change the run") from None
+def _out_of_memory() -> Iterator[None]:
+    """Names the two settings that help where a device, or the machine, has too little memory."""
     try:
         yield
-    finally:
-        lock.release()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # Torch's own allocator on the CPU has no type for it.
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        told = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"out of memory ({told}); lower trainer.micro_batch_size (the result stays the same), or set"
+            " trainer.gradient_checkpointing=true"
+        ) from error
 
 
 @contextmanager

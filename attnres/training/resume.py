@@ -1,6 +1,5 @@
 """Where a run begins: already complete, at a checkpoint, or at the beginning."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from attnres.config import differences, to_plain
 from attnres.data import Corpus
 from attnres.errors import CheckpointError, ConfigError
+from attnres.json_files import read_object
 from attnres.run_folder import (
     CHECKPOINTS,
     COMPLETE,
@@ -41,7 +41,7 @@ def completed(folder: Path, max_steps: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
         done = int(record["step"]) >= max_steps
         verify(folder / CHECKPOINTS / step_name(int(record["step"])))
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
@@ -103,7 +103,10 @@ def check_compatible(config: TrainConfig, corpus: Corpus, checkpoint: Path) -> N
         CheckpointError: listing every field that differs and matters.
     """
     training, data = read_info(checkpoint)
-    old = without_execution_keys(training.get("config", {}))
+    stored = training.get("config", {})
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{checkpoint}: training.json holds no configuration; choose another checkpoint")
+    old = without_execution_keys(stored)
     new = without_execution_keys(to_plain(config))
     differing = [d for d in differences(old, new) if d[0] not in _MAY_DIFFER]
     for name, value in (("fingerprint", corpus.fingerprint), ("tokenizer_sha256", corpus.tokenizer_sha256)):
@@ -119,4 +122,7 @@ def check_compatible(config: TrainConfig, corpus: Corpus, checkpoint: Path) -> N
 def _start(checkpoint: Path | None) -> Start:
     if checkpoint is None:
         return Start()
-    return Start(checkpoint, int(read_info(checkpoint)[0]["step"]))
+    try:
+        return Start(checkpoint, int(read_info(checkpoint)[0]["step"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}: training.json names no step; choose another checkpoint") from error

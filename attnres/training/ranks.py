@@ -1,0 +1,128 @@
+"""The other processes of a distributed run: noticing that one is gone, naming it, and ending rather than waiting.
+
+A rank that dies leaves the others in a collective. Gloo notices the closed connection, NCCL waits for its timeout, and
+a launcher may wait for all of them. Each rank therefore watches the processes of the others on its host.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from attnres.errors import RankLost, Stopped
+
+# Of a collective. A rank may wait this long for the first one to write a large checkpoint.
+GROUP_TIMEOUT = timedelta(minutes=10)
+_POLL_SECONDS = 0.5
+# How long the main thread gets to fail by itself, with a better message, before the watch ends the process.
+_GRACE_SECONDS = 5.0
+# Below the period of five seconds in which Lightning's launcher kills everything because one of its children ended.
+_LAUNCHER_SECONDS = 20.0
+
+
+class Peers:
+    """The other ranks of a run and whether they are alive; only those on this host can be looked at."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, tuple[int, str]] = {}
+        self._over = threading.Event()
+
+    def meet(self) -> None:
+        """Exchanges process ids; every rank must call it. Starts the watch."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        # A process id means something only in its own namespace.
+        place = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}" if os.path.isdir("/proc/self/ns") else ""
+        mine = (place, os.getpid(), _born(os.getpid()))
+        everyone: list[tuple[str, int, str]] = [("", 0, "")] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        self._processes = {
+            rank: (pid, born)
+            for rank, (where, pid, born) in enumerate(everyone)
+            if place and where == place and rank != dist.get_rank() and born and _born(pid) == born
+        }
+        threading.Thread(target=self._watch, daemon=True, name="ranks").start()
+
+    def part(self) -> None:
+        """From here on a rank that is gone has simply finished first."""
+        self._over.set()
+
+    def gone(self) -> list[int]:
+        """Ranks on this host whose process is no more."""
+        return [rank for rank, (pid, born) in self._processes.items() if _born(pid) != born]
+
+    def lost(self, reason: str) -> RankLost:
+        """The error for a collective that failed because of another rank."""
+        deadline = time.monotonic() + 2
+        while not (gone := self.gone()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return RankLost(f"{_name(gone)}: {reason}")
+
+    def _watch(self) -> None:
+        while not self._over.wait(_POLL_SECONDS):
+            if self.gone() and not self._over.wait(_GRACE_SECONDS):
+                os.write(2, f"\nerror: {_name(self.gone())}\n".encode())
+                os._exit(RankLost.code)
+
+
+def _name(gone: list[int]) -> str:
+    which = f"rank {', '.join(map(str, gone))} died" if gone else "another rank died or cannot be reached"
+    return f"{which}; the same command resumes from the last checkpoint"
+
+
+def _born(pid: int) -> str:
+    """Start time of a process as the kernel tells it, or "" if it is no more (or a zombie)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def is_connection_loss(error: BaseException) -> bool:
+    """Whether an error of torch means that another rank went away."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    text = str(error).lower()
+    signs = ("closed by peer", "connection reset", "broken pipe", "timed out", "connection refused", "gloo")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def launched_by_lightning() -> bool:
+    """Whether this is a further rank that Lightning started itself, as opposed to torchrun or a scheduler."""
+    outside = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return int(os.environ.get("LOCAL_RANK") or 0) > 0 and not any(name in os.environ for name in outside)
+
+
+@contextmanager
+def bound_to_launcher() -> Iterator[None]:
+    """Ends a rank that Lightning started with the process that started it, and not before it.
+
+    Lightning's launcher kills everything, itself included, once a child ends with a code other than 0, which would hide
+    the code of a stopped run; and it takes nobody along when it is killed.
+    """
+    if not launched_by_lightning():
+        yield
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        # The launcher had an end of its own to report; nobody reads this one.
+        os._exit(Stopped.code)
+
+    threading.Thread(target=watch, daemon=True, name="launcher").start()
+    try:
+        yield
+    except Exception:
+        deadline = time.monotonic() + _LAUNCHER_SECONDS
+        while os.getppid() == parent and time.monotonic() < deadline:
+            time.sleep(0.1)
+        raise
