@@ -61,7 +61,7 @@ def test_both_arms_of_an_experiment_differ_in_the_model_alone(size):
 @pytest.mark.parametrize("group", ["model", "data", "optim", "trainer", "logger"])
 def test_every_option_of_a_training_group_composes(group):
     for path in sorted((CONF / group).glob("*.yaml")):
-        if path.stem in ("checkpoint", "files"):
+        if path.stem in ("checkpoint", "files", "prepared"):
             continue
         build(TrainConfig, compose("train", f"{group}={path.stem}"))
 

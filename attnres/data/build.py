@@ -28,8 +28,10 @@ from tokenizers import Tokenizer
 from attnres.data.config import SPLITS, DataConfig
 from attnres.data.corpus import DOCUMENTS, FORMAT, MANIFEST, TOKENIZER, Corpus, manifest_sha256, open_corpus
 from attnres.data.duplicates import group_near_duplicates, minhash_signature
+from attnres.data.mixing import mixture
 from attnres.data.shards import ShardWriter, digest, sync_and_close, token_dtype
 from attnres.data.sources import Document, listing, read_documents
+from attnres.data.splits import split_of, uniform
 from attnres.data.tokenizer import (
     end_of_text_id,
     find_tokenizer,
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 # Pair counts settle long before this much text, and the trainer's memory grows with it.
 TOKENIZER_BYTES = 64 * 1024**2
 _ENCODE_DOCUMENTS = 256
+_MAKE_SHARDS = "attnres.data.make_shards --help"
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,44 @@ class _Plan:
 
 
 def prepare(config: DataConfig) -> Corpus:
-    """Builds the corpus of `config`, or opens it if it was built before from the same files.
+    """Opens the corpus of `config`: a prepared folder, or several; else one built before from the same files, or now.
 
     The folder appears under its final name only when complete, and a lock lets one process build while others
     wait for it, so any number of ranks may call this at once.
 
     Raises:
-        DataError: There is no text, too little of it, or the cached shards are damaged.
+        DataError: There is no text, too little of it, or shards are missing or damaged, or have another tokenizer.
         StorageError: The cache folder cannot be written.
     """
+    corpus = _open_prepared(config) if config.source == "prepared" else _open_or_build(config)
+    for split, counts in corpus.manifest["splits"].items():
+        if counts["tokens"] <= config.sequence_length:
+            raise DataError(
+                f"data: split {split} has {counts['tokens']} tokens, fewer than one window of "
+                f"{config.sequence_length} + 1; give more text or lower data.sequence_length"
+            )
+    return corpus
+
+
+def _open_prepared(config: DataConfig) -> Corpus:
+    parts = []
+    for path in map(Path, config.paths):
+        if not (path.expanduser() / MANIFEST).is_file():
+            remedy = f"make it with: {config.obtain}" if config.obtain else "make it with python -m " + _MAKE_SHARDS
+            raise DataError(f"data.paths: {path} holds no prepared token shards; {remedy}")
+        parts.append(open_corpus(path.expanduser()))
+    if config.tokenizer is not None:
+        wanted = digest(find_tokenizer(config.tokenizer, config.obtain))["sha256"]
+        for part in parts:
+            if part.tokenizer_sha256 != wanted:
+                raise DataError(
+                    f"data.tokenizer: {config.tokenizer} is {wanted[:8]}, but {part.path} was made with "
+                    f"{part.tokenizer_sha256[:8]}; leave data.tokenizer out or prepare the text again"
+                )
+    return parts[0] if len(parts) == 1 else mixture(parts, config.weights)
+
+
+def _open_or_build(config: DataConfig) -> Corpus:
     final = Path(config.cache_dir).expanduser() / f"{config.source}-{_cache_key(config)}"
     if not final.exists():
         try:
@@ -77,14 +109,7 @@ def prepare(config: DataConfig) -> Corpus:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
                 raise StorageError(f"{final}: {error.strerror}; free space or set data.cache_dir") from error
             raise
-    corpus = open_corpus(final)
-    for split, counts in corpus.manifest["splits"].items():
-        if counts["tokens"] <= config.sequence_length:
-            raise DataError(
-                f"data: split {split} has {counts['tokens']} tokens, fewer than one window of "
-                f"{config.sequence_length} + 1; give more text or lower data.sequence_length"
-            )
-    return corpus
+    return open_corpus(final)
 
 
 def _cache_key(config: DataConfig) -> str:
@@ -183,13 +208,7 @@ def _group_and_split(config: DataConfig) -> _Plan:
     smallest: dict[int, bytes] = {}
     for document_group, content in zip(group.tolist(), sha256, strict=True):
         smallest[document_group] = min(content, smallest.get(document_group, content))
-    # The held-out splits take the low end of [0, 1) and train the rest.
-    edges = np.cumsum(config.held_out)
-    split = {
-        # Past the last edge: the remainder wraps round to 0, which is train.
-        member: (int(np.searchsorted(edges, _uniform(config.seed, key), side="right")) + 1) % len(SPLITS)
-        for member, key in smallest.items()
-    }
+    split = {member: split_of(config.seed, config.held_out, key) for member, key in smallest.items()}
     plan = _Plan(sha256, np.array(sizes), group, np.array([split[g] for g in group.tolist()], np.int8))
     for index, name in enumerate(SPLITS):
         if index not in plan.split:
@@ -198,11 +217,6 @@ def _group_and_split(config: DataConfig) -> _Plan:
                 f"into split {name}; give more documents, raise its fraction, or change data.seed"
             )
     return plan
-
-
-def _uniform(seed: int, key: bytes) -> float:
-    """A number in [0, 1) that is a pure function of its arguments."""
-    return int.from_bytes(hashlib.sha256(b"%d:" % seed + key).digest()[:6], "big") / 2**48
 
 
 def _content_sha256(document: Document) -> bytes:
@@ -217,7 +231,7 @@ def _training_texts(config: DataConfig, plan: _Plan) -> Iterator[str]:
         logger.info("training the tokenizer on %.0f%% of the train split's documents", 100 * share)
     for content, wanted, document in zip(plan.sha256, in_train, _reread(config, plan), strict=True):
         # The content hash decides, so that the sample does not depend on the order of the files.
-        if wanted and _uniform(config.seed, b"tokenizer:" + content) < share:
+        if wanted and uniform(config.seed, b"tokenizer:" + content) < share:
             yield document.text
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from attnres.errors import ConfigError
 
-SOURCES = ("pystdlib", "pyenv", "files")
+SOURCES = ("pystdlib", "pyenv", "files", "prepared")
 SPLITS = ("train", "validation", "probe_pilot", "probe_confirm")
 
 # 256 bytes and the end-of-text token: a byte-level vocabulary cannot be smaller.
@@ -17,12 +17,17 @@ class DataConfig:
     """Text, tokenizer, splits and window length; every field is checked on construction.
 
     Attributes:
-        source: "pystdlib" (the interpreter's standard library), "pyenv" (the installed packages) or "files".
-        paths: For "files": `.txt`, `.jsonl` or `.parquet` files, folders of them, or globs.
+        source: "pystdlib" (the interpreter's standard library), "pyenv" (the installed packages), "files", or
+            "prepared" (folders of token shards). The splits and the tokenizer of a prepared folder were decided when
+            it was made.
+        paths: For "files": `.txt`, `.jsonl` or `.parquet` files, folders of them, or globs. For "prepared": folders
+            that `python -m attnres.data.make_shards` or an earlier run made.
+        weights: Shares of the training windows that come from each of several prepared folders; they are made to sum
+            to 1.
         text_column: For "files": the field of a `.jsonl` or `.parquet` row that holds the text.
         vocab_size: Most entries of the byte-level BPE that is trained on the train split.
         tokenizer: A `tokenizer.json`, or a folder holding one, to use instead of training; then
-            `vocab_size` is ignored.
+            `vocab_size` is ignored. With "prepared": the tokenizer that the folders must have.
         sequence_length: Tokens in one training window.
         isolate_documents: Restart positions at each document and drop targets that cross into another.
         seed: Decides the split of each document and the order of the training windows.
@@ -39,6 +44,7 @@ class DataConfig:
 
     source: str = "pystdlib"
     paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     text_column: str = "text"
     vocab_size: int = 4096
     tokenizer: str | None = None
@@ -58,13 +64,14 @@ class DataConfig:
         object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
         if self.source not in SOURCES:
             raise ConfigError(f"data.source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
-        if self.source == "files" and not self.paths:
-            raise ConfigError("data.paths: expected at least one path, got none; name the files to read")
-        if self.source != "files" and self.paths:
+        if self.source in ("files", "prepared") and not self.paths:
+            raise ConfigError("data.paths: expected at least one path, got none; name the files or folders to read")
+        if self.source not in ("files", "prepared") and self.paths:
             raise ConfigError(
                 f"data.paths: expected none with data.source={self.source}, got {list(self.paths)}; "
-                "set data.source=files to read them"
+                "set data.source=files or prepared to read them"
             )
+        self._check_weights()
         self._check_integer("vocab_size", MIN_VOCAB_SIZE)
         self._check_integer("sequence_length", 1)
         self._check_integer("seed", 0)
@@ -84,6 +91,16 @@ class DataConfig:
     def held_out(self) -> tuple[float, ...]:
         """Fractions of the splits that are not trained on, in the order of `SPLITS[1:]`."""
         return tuple(getattr(self, name) for name in SPLITS[1:])
+
+    def _check_weights(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))
+        expected = len(self.paths) if self.source == "prepared" and len(self.paths) > 1 else 0
+        if len(self.weights) != expected:
+            raise ConfigError(
+                f"data.weights: expected {expected} (one for each of several prepared folders), got {len(self.weights)}"
+            )
+        if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in self.weights):
+            raise ConfigError(f"data.weights: expected numbers above 0, got {list(self.weights)}; leave a folder out")
 
     def _check_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)

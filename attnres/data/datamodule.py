@@ -1,6 +1,7 @@
 """Batches for training and validation, in an order that is a pure function of seed and step."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader, Subset
 
 from attnres.data.config import DataConfig
 from attnres.data.corpus import Corpus
+from attnres.data.mixing import Mix, Mixture
 from attnres.data.sampler import BatchSampler, accumulation_steps, global_batch
 from attnres.data.windows import WindowDataset
 from attnres.errors import ConfigError
@@ -62,7 +64,9 @@ class TextDataModule(LightningDataModule):
         self._max_steps = max_steps
         self.train_windows = WindowDataset(corpus, "train", config.sequence_length, config.isolate_documents)
         self.validation_set = WindowDataset(corpus, "validation", config.sequence_length, config.isolate_documents)
-        global_batch(0, config.seed, len(self.train_windows), global_batch_size)  # is there one?
+        self._mix = _mix(corpus, "train", config)
+        self._validation_mix = _mix(corpus, "validation", config)
+        global_batch(0, config.seed, len(self.train_windows), global_batch_size, self._mix)  # is there one?
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's micro-batches from the current step on.
@@ -91,22 +95,24 @@ class TextDataModule(LightningDataModule):
             start_step=start_step,
             rank=rank,
             world_size=world_size,
+            mix=self._mix,
         )
         return DataLoader(self.train_windows, batch_sampler=sampler, num_workers=self._num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """This rank's share of the validation windows, in order.
+        """This rank's share of the validation windows, in order; of a mixture, mixed like the training windows.
 
         Every rank gets equally many, or sharded models would wait for each other forever; the up to
         `world_size - 1` windows that this leaves over are not used, and the log says so.
         """
         rank, world_size = self._rank_and_world_size()
-        count = len(self.validation_set)
-        if self._validation_windows is not None:
-            count = min(count, self._validation_windows)
+        ids: Sequence[int] = range(len(self.validation_set))
+        if self._validation_mix is not None:
+            ids = self._validation_mix.in_order(self._validation_windows).tolist()
+        count = len(ids) if self._validation_windows is None else min(len(ids), self._validation_windows)
         if left_over := count % world_size:
             logger.info("validation leaves out %d of %d windows: ranks take equal shares", left_over, count)
-        mine = Subset(self.validation_set, range(rank, count - left_over, world_size))
+        mine = Subset(self.validation_set, ids[rank : count - left_over : world_size])
         return DataLoader(mine, batch_size=self._micro_batch_size, num_workers=self._num_workers)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -126,5 +132,9 @@ def documents_in_step(corpus: Corpus, config: DataConfig, step: int, global_batc
         global_batch_size: Windows in one optimizer step.
     """
     windows = WindowDataset(corpus, "train", config.sequence_length)
-    ids = global_batch(step, config.seed, len(windows), global_batch_size)
+    ids = global_batch(step, config.seed, len(windows), global_batch_size, _mix(corpus, "train", config))
     return {window: windows.documents(window).tolist() for window in ids.tolist()}
+
+
+def _mix(corpus: Corpus, split: str, config: DataConfig) -> Mix | None:
+    return corpus.mix(split, config.sequence_length) if isinstance(corpus, Mixture) else None

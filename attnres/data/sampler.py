@@ -1,22 +1,26 @@
 """Which windows make up which optimizer step: a pure function, so that a resumed run needs no saved position.
 
 The run walks through permutations of all windows, one per epoch, end to end; global batch `k` is the `k`-th
-slice of `global_batch_size` ids, and may straddle two epochs. Ranks and gradient accumulation only cut a
-global batch into micro-batches: changing their number changes nothing about which windows a step sees.
+slice of `global_batch_size` ids, and may straddle two epochs. A mixture of sets has an epoch per set (see `Mix`).
+Ranks and gradient accumulation only cut a global batch into micro-batches: changing their number changes nothing
+about which windows a step sees.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from attnres.data.mixing import Mix
+from attnres.data.order import permutation
 from attnres.errors import ConfigError, DataError
 
 
-def global_batch(step: int, seed: int, num_windows: int, global_batch_size: int) -> NDArray[np.int64]:
-    """Window ids `[global_batch_size]` of optimizer step `step`, which counts from 0.
+def global_batch(
+    step: int, seed: int, num_windows: int, global_batch_size: int, mix: Mix | None = None
+) -> NDArray[np.int64]:
+    """Window ids `[global_batch_size]` of optimizer step `step`, which counts from 0; from several sets with `mix`.
 
     Raises:
         DataError: There are fewer windows than a global batch holds, so that one would repeat within it.
@@ -26,10 +30,13 @@ def global_batch(step: int, seed: int, num_windows: int, global_batch_size: int)
             f"data: {num_windows} training windows are fewer than one global batch of {global_batch_size}; "
             "give more text, or lower the global batch size or data.sequence_length"
         )
+    if mix is not None:
+        mix.check_batch(global_batch_size)
+        return mix.ids(range(step * global_batch_size, (step + 1) * global_batch_size), seed)
     epoch, start = divmod(step * global_batch_size, num_windows)
-    ids = _permutation(seed, epoch, num_windows)[start : start + global_batch_size]
+    ids = permutation(num_windows, seed, epoch)[start : start + global_batch_size]
     if missing := global_batch_size - len(ids):
-        ids = np.concatenate([ids, _permutation(seed, epoch + 1, num_windows)[:missing]])
+        ids = np.concatenate([ids, permutation(num_windows, seed, epoch + 1)[:missing]])
     return ids
 
 
@@ -70,6 +77,7 @@ class BatchSampler(Sampler[list[int]]):
         start_step: Optimizer steps already made.
         rank: This process' place among the data-parallel ranks.
         world_size: Number of data-parallel ranks.
+        mix: The sets that the windows belong to and their weights, if there are several.
 
     Raises:
         ConfigError: The sizes do not divide, or a step or rank is out of range.
@@ -87,6 +95,7 @@ class BatchSampler(Sampler[list[int]]):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        mix: Mix | None = None,
     ) -> None:
         self._accumulation = accumulation_steps(global_batch_size, micro_batch_size, world_size)
         if not 0 <= rank < world_size:
@@ -101,21 +110,13 @@ class BatchSampler(Sampler[list[int]]):
         self._start_step = start_step
         self._rank = rank
         self._world_size = world_size
-        global_batch(0, seed, num_windows, global_batch_size)  # fails now rather than at the first batch
+        self._mix = mix
+        global_batch(0, seed, num_windows, global_batch_size, mix)  # fails now rather than at the first batch
 
     def __len__(self) -> int:
         return self._max_steps * self._accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self._start_step, self._max_steps):
-            ids = global_batch(step, self._seed, self._num_windows, self._global_batch_size)
+            ids = global_batch(step, self._seed, self._num_windows, self._global_batch_size, self._mix)
             yield from ids.reshape(self._accumulation, self._world_size, self._micro_batch_size)[:, self._rank].tolist()
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_windows: int) -> NDArray[np.int64]:
-    # Sorting raw bits: unlike Generator.permutation, their stream is promised to be the same in every numpy.
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_windows)
-    permutation = np.argsort(bits, kind="stable")
-    permutation.flags.writeable = False  # it is shared by all callers
-    return permutation

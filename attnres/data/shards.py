@@ -1,12 +1,12 @@
-"""Token shards on disk: one raw file of little-endian ids per split, and the digests that show damage.
+"""Token shards on disk: raw files of little-endian ids, and the digests that show damage.
 
-A split's file holds its documents one after the other, each followed by the end-of-text id.
+A split's documents lie one after the other, each followed by the end-of-text id, in one file or in several.
 """
 
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +52,100 @@ def sync_and_close(file: Any) -> None:
         os.fsync(file.fileno())
 
 
-def open_tokens(path: Path, dtype: np.dtype) -> NDArray[np.unsignedinteger]:
+class ShardedTokens:
+    """Several shards as one sequence of ids, read-only and mapped into memory.
+
+    Args:
+        shards: Non-empty `[tokens]` arrays of one type.
+    """
+
+    def __init__(self, shards: Sequence[NDArray[np.unsignedinteger]]) -> None:
+        self._shards = shards
+        self._ends = np.cumsum([len(shard) for shard in shards])
+        self.dtype = shards[0].dtype
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, key: slice | NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+        """Ids at `key`: a slice of step 1, or an array of positions of any shape, which is the result's shape."""
+        if isinstance(key, slice):
+            return self._run(*key.indices(len(self)))
+        found = np.empty(key.shape, self.dtype)
+        owner = np.searchsorted(self._ends, key, side="right")
+        for index in np.unique(owner):
+            shard, mine = self._shards[index], owner == index
+            found[mine] = shard[key[mine] - (self._ends[index] - len(shard))]
+        return found
+
+    def _run(self, start: int, stop: int, step: int) -> NDArray[np.unsignedinteger]:
+        if step != 1:
+            raise ValueError(f"token slice: expected step 1, got {step}")
+        parts = []
+        for index in range(int(np.searchsorted(self._ends, start, side="right")), len(self._shards)):
+            shard = self._shards[index]
+            first = int(self._ends[index]) - len(shard)
+            if first >= stop:
+                break
+            parts.append(shard[max(0, start - first) : stop - first])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+
+def open_tokens(paths: Sequence[Path], dtype: np.dtype) -> NDArray[np.unsignedinteger] | ShardedTokens:
     """The ids of one split, `[tokens]`, read-only and mapped into memory."""
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+    shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths if path.stat().st_size]
+    if len(shards) > 1:
+        return ShardedTokens(shards)
+    return shards[0] if shards else np.empty(0, dtype)
+
+
+class Digest:
+    """Size, sha256 and the CRC-32 of each block of a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._crc32 = [0]
+        self._size = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes."""
+        self._sha256.update(data)
+        view = memoryview(data).cast("B")
+        while view:
+            if self._size and self._size % BLOCK_BYTES == 0:
+                self._crc32.append(0)
+            part = view[: BLOCK_BYTES - self._size % BLOCK_BYTES]
+            self._crc32[-1] = zlib.crc32(part, self._crc32[-1])
+            self._size += len(part)
+            view = view[len(part) :]
+
+    def result(self) -> dict[str, Any]:
+        """What the manifest stores."""
+        blocks = self._crc32 if self._size else []
+        return {"bytes": self._size, "sha256": self._sha256.hexdigest(), "crc32_of_4MiB_blocks": blocks}
 
 
 def digest(path: Path) -> dict[str, Any]:
     """Size, sha256 and the CRC-32 of each block of a file, as the manifest stores them."""
-    sha256, crc32, size = hashlib.sha256(), [], 0
+    found = Digest()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
-            sha256.update(block)
-            crc32.append(zlib.crc32(block))
-            size += len(block)
-    return {"bytes": size, "sha256": sha256.hexdigest(), "crc32_of_4MiB_blocks": crc32}
+            found.update(block)
+    return found.result()
 
 
-def check_file(path: Path, expected: Mapping[str, Any], contents: bool) -> None:
+def check_file(path: Path, expected: Mapping[str, Any], contents: bool, remedy: str) -> None:
     """Compares a file with its digest.
 
     Args:
         path: File to check.
         expected: What `digest` gave when the file was written.
         contents: Read all of it; otherwise only the size is compared.
+        remedy: What to do about damage.
 
     Raises:
         DataError: It is missing or differs; the message says from which byte on.
     """
-    remedy = f"delete {path.parent} and run the same command again to rebuild it"
     if not path.is_file():
         raise DataError(f"data shard {path} is missing; {remedy}")
     size = path.stat().st_size

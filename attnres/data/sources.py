@@ -20,6 +20,9 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 PYTHON_SUFFIXES = (".py",)
 PACKAGE_SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
 
+# Rows of web text that are decoded at once: a few MB.
+_PARQUET_ROWS = 256
+
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _SKIPPED_ENDINGS = (".dist-info", ".egg-info")
 # Generated when the interpreter was built: it holds that machine's paths, and would make the corpora of two
@@ -83,7 +86,7 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     """
     total = 0
     for file in list_files(config):
-        for document in _read(file, config):
+        for _, document in read_file(file, config.text_column, strict=config.source == "files"):
             if not document.text.strip():
                 continue
             total += len(document.text.encode())
@@ -128,32 +131,56 @@ def _expand(pattern: str, obtain: str | None) -> list[SourceFile]:
     return [SourceFile(match, match.name) for match in matches]
 
 
-def _read(file: SourceFile, config: DataConfig) -> Iterator[Document]:
+def read_file(file: SourceFile, column: str, strict: bool = True, after: int = 0) -> Iterator[tuple[int, Document]]:
+    """The documents of one file with their numbers, which count from 1: lines, rows, or the one text.
+
+    Args:
+        file: File to read.
+        column: Field of a `.jsonl` or `.parquet` row that holds the text.
+        strict: Refuse a text file that is not UTF-8; otherwise it is skipped with a line in the log.
+        after: Leave out the documents up to this number.
+
+    Raises:
+        DataError: The file cannot be read as what its name says it is.
+    """
     try:
         if file.path.suffix == ".jsonl":
-            yield from _read_jsonl(file, config.text_column)
+            yield from _read_jsonl(file, column, after)
         elif file.path.suffix == ".parquet":
-            yield from _read_parquet(file, config.text_column)
-        else:
-            yield from _read_text(file, strict=config.source == "files")
+            yield from _read_parquet(file, column, after)
+        elif after < 1:
+            yield from _read_text(file, strict)
     except OSError as error:
         raise DataError(f"cannot read {file.path}: {error}; restore it or leave it out") from error
 
 
-def _read_text(file: SourceFile, strict: bool) -> Iterator[Document]:
+def text_of(value: object, where: str, column: str) -> str:
+    """The text of a row; a null is an empty document, which is skipped later.
+
+    Raises:
+        DataError: The row holds something else.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {column!r} holds {type(value).__name__}, not text; set data.text_column")
+    return value
+
+
+def _read_text(file: SourceFile, strict: bool) -> Iterator[tuple[int, Document]]:
     try:
         # Bytes, not text mode: newlines stay as they are, so that tokens decode to the file.
-        yield Document(file.name, file.path.read_bytes().decode("utf-8"))
+        yield 1, Document(file.name, file.path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         if strict:
             raise DataError(f"{file.path}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
         logger.info("skipped %s: not UTF-8", file.name)
 
 
-def _read_jsonl(file: SourceFile, column: str) -> Iterator[Document]:
+def _read_jsonl(file: SourceFile, column: str, after: int) -> Iterator[tuple[int, Document]]:
     with file.path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if number <= after or not line.strip():
                 continue
             try:
                 row = json.loads(line)
@@ -162,10 +189,10 @@ def _read_jsonl(file: SourceFile, column: str) -> Iterator[Document]:
             if not isinstance(row, dict) or column not in row:
                 keys = sorted(row) if isinstance(row, dict) else type(row).__name__
                 raise DataError(f"{file.path}, line {number}: no {column!r} in {keys}; set data.text_column")
-            yield Document(f"{file.name}:{number}", _text_of(row[column], file, f"line {number}", column))
+            yield number, Document(f"{file.name}:{number}", text_of(row[column], f"{file.path}, line {number}", column))
 
 
-def _read_parquet(file: SourceFile, column: str) -> Iterator[Document]:
+def _read_parquet(file: SourceFile, column: str, after: int) -> Iterator[tuple[int, Document]]:
     try:
         table = pq.ParquetFile(file.path)
     except ValueError as error:  # pyarrow's ArrowInvalid
@@ -174,18 +201,16 @@ def _read_parquet(file: SourceFile, column: str) -> Iterator[Document]:
         if column not in table.schema_arrow.names:
             raise DataError(f"{file.path}: no column {column!r} in {table.schema_arrow.names}; set data.text_column")
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        wanted: list[int] = []
+        for index in range(table.num_row_groups):
+            rows = table.metadata.row_group(index).num_rows
+            if not wanted and number + rows <= after:
+                number += rows
+            else:
+                wanted.append(index)
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, row_groups=wanted, columns=[column]):
             for value in batch.column(0).to_pylist():
                 number += 1
-                yield Document(f"{file.name}:{number}", _text_of(value, file, f"row {number}", column))
-
-
-def _text_of(value: object, file: SourceFile, where: str, column: str) -> str:
-    """The text of a row; a null is an empty document, which is skipped later."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(
-            f"{file.path}, {where}: {column!r} holds {type(value).__name__}, not text; set data.text_column"
-        )
-    return value
+                if number > after:
+                    text = text_of(value, f"{file.path}, row {number}", column)
+                    yield number, Document(f"{file.name}:{number}", text)

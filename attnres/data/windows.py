@@ -1,6 +1,7 @@
 """Fixed-length windows of tokens: a training window may cross documents, a probe window never does."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,19 @@ class WindowDataset(Dataset[dict[str, Any]]):
         self._length = length
         self._isolate_documents = isolate_documents
         self._tokens = corpus.tokens(split)
-        self._documents = corpus.documents(split)
-        self._starts = corpus.starts[self._documents]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is spawned opens the shard itself; pickling a memory map would copy it.
         return type(self), self._arguments
+
+    @cached_property
+    def _documents(self) -> NDArray[np.int64]:
+        corpus, split, *_ = self._arguments
+        return corpus.documents(split)
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return self._arguments[0].starts[self._documents]
 
     def __len__(self) -> int:
         return max(0, (len(self._tokens) - 1) // self._length)

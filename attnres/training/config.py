@@ -175,6 +175,9 @@ def without_execution_keys(plain: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             value = {inner: item for inner, item in value.items() if f"{key}.{inner}" not in EXECUTION_KEYS}
         kept[key] = value
+    if "data" in kept and not kept["data"].get("weights", True):
+        # A run on one set keeps the name that it had before sets could be mixed.
+        del kept["data"]["weights"]
     return kept
 
 

@@ -132,10 +132,14 @@ def test_read_documents_of_the_interpreter_skips_what_is_not_utf8(tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "web"}, "data.source: expected one of pystdlib, pyenv, files, got 'web'"),
+        ({"source": "web"}, "data.source: expected one of pystdlib, pyenv, files, prepared, got 'web'"),
         ({"source": "files"}, "data.paths: expected at least one path"),
-        ({"paths": ("a.txt",)}, "set data.source=files"),
+        ({"paths": ("a.txt",)}, "set data.source=files or prepared"),
         ({"source": "files", "paths": "a.txt"}, r"expected a list, got 'a.txt'; write \[a.txt\]"),
+        ({"source": "prepared"}, "data.paths: expected at least one path"),
+        ({"source": "prepared", "paths": ("a", "b")}, "data.weights: expected 2 .* got 0"),
+        ({"source": "prepared", "paths": ("a",), "weights": (1.0,)}, "data.weights: expected 0"),
+        ({"source": "prepared", "paths": ("a", "b"), "weights": (1.0, 0.0)}, "data.weights: expected numbers above 0"),
         ({"vocab_size": 256}, "data.vocab_size: expected an integer of at least 257, got 256"),
         ({"sequence_length": 0}, "data.sequence_length"),
         ({"seed": -1}, "data.seed"),
