@@ -21,6 +21,8 @@ EXECUTION_KEYS = frozenset(
         "runs_dir",
         "debug",
         "logger",
+        # Which weights it names decides, `init.digest`, not where they lie.
+        "init.base",
         "data.cache_dir",
         "data.obtain",
         "trainer.micro_batch_size",
@@ -39,6 +41,11 @@ EXECUTION_KEYS = frozenset(
         "trainer.keep_last",
     }
 )
+# Values that ask for nothing beyond what a run without the key does; such a run's folder does not depend on them.
+_ASKS_NOTHING = {"init": {"wrap": None, "digest": None}, "trainable": "all"}
+
+Trainable = Literal["all", "routing", "routing_bias", "body"]
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -128,10 +135,35 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """The weights that a run starts from; without a base they are drawn from `seed`.
+
+    `base` is a run (with or without its hash), one of its checkpoints, or a model folder; "auto" is the one complete
+    vanilla run in `runs_dir` with this run's data, tokenizer, shape and seed. `wrap` says how a vanilla base starts as
+    an AttnRes model (as in `attnres.wrap_qwen3`); None takes a base of the same kind with all its weights. `digest` is
+    that of the base's weights: filled in, and checked where it is given.
+    """
+
+    base: str | None = None
+    wrap: Literal["uniform", "recency"] | None = None
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.base != "", "base: expected auto, a path or null, got ''")
+        for name in ("wrap", "digest"):
+            require(
+                self.base is not None or getattr(self, name) is None,
+                f"{name}: {getattr(self, name)!r} needs init.base, the weights to start from: give init.base=PATH",
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
-    `model` holds `kind` ("attnres" or "vanilla") and fields of the model's Hugging Face configuration;
+    `trainable` is what learns: "all", "routing" (queries, key norms, biases of the reads), "routing_bias", or "body"
+    (all but the routing, which stays as it starts: uniform). `model` holds `kind` ("attnres" or "vanilla") and fields
+    of the model's Hugging Face configuration;
     `resume` is "auto", "must", "never" or the path of a checkpoint folder or run folder; `debug` finds the
     operation behind a NaN gradient, slowly.
     """
@@ -142,6 +174,8 @@ class TrainConfig:
     resume: str = "auto"
     runs_dir: str = "runs"
     debug: bool = False
+    trainable: Trainable = "all"
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -167,14 +201,15 @@ def result_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def without_execution_keys(plain: dict[str, Any]) -> dict[str, Any]:
-    """Leaves `EXECUTION_KEYS` out of a plain configuration."""
+    """Leaves `EXECUTION_KEYS`, and what asks for nothing, out of a plain configuration."""
     kept: dict[str, Any] = {}
     for key, value in plain.items():
         if key in EXECUTION_KEYS:
             continue
         if isinstance(value, dict):
             value = {inner: item for inner, item in value.items() if f"{key}.{inner}" not in EXECUTION_KEYS}
-        kept[key] = value
+        if key not in _ASKS_NOTHING or value != _ASKS_NOTHING[key]:
+            kept[key] = value
     if "data" in kept and not kept["data"].get("weights", True):
         # A run on one set keeps the name that it had before sets could be mixed.
         del kept["data"]["weights"]

@@ -22,6 +22,7 @@ from attnres.config import to_plain
 from attnres.data import Corpus, TextDataModule, accumulation_steps, prepare
 from attnres.errors import AttnResError, CheckpointError, ConfigError, Stopped, StorageError
 from attnres.json_files import read_object
+from attnres.locate import Located
 from attnres.provenance import collect, redact_values, write_json, write_text
 from attnres.run_folder import (
     CHECKPOINTS,
@@ -32,6 +33,7 @@ from attnres.run_folder import (
     refuse_unsafe_loading,
     step_name,
 )
+from attnres.training.base import freeze, resolve_base, start_from
 from attnres.training.callbacks import SIGNALS, StepDuties, StopSignals
 from attnres.training.checkpoint import ExportInfo, RunCheckpointIO, clean
 from attnres.training.config import (
@@ -62,7 +64,8 @@ def train(config: TrainConfig, command: str) -> Path:
     Raises:
         ConfigError: settings that do not fit each other or the machine; the folder is in use.
         DataError: text or shards are missing or too short; raised before the model is built.
-        CheckpointError: nothing intact to resume from, or it belongs to another configuration.
+        CheckpointError: nothing intact to resume from, or it belongs to another configuration; a base that does not
+            fit.
         NumericsError: the loss, a gradient or a weight is not finite.
         StorageError: the folder cannot be written.
         Stopped: a signal came; the state is saved and the same command resumes.
@@ -72,6 +75,7 @@ def train(config: TrainConfig, command: str) -> Path:
         torch.set_num_threads(config.trainer.threads)
     # Before anything is made; the corpus's own vocabulary is checked when it is known.
     model_config(config.model, vocab_size=1, eos_id=0, sequence_length=config.data.sequence_length)
+    config, base = resolve_base(config)
     folder = run_folder(config)
     with _storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,16 +91,19 @@ def train(config: TrainConfig, command: str) -> Path:
         faults.point("train.data")
         if start.checkpoint is not None:
             check_compatible(config, corpus, start.checkpoint)
-        _fit(config, corpus, folder, start, command)
+        _fit(config, corpus, base, folder, start, command)
     return folder
 
 
-def _fit(config: TrainConfig, corpus: Corpus, folder: Path, start: Start, command: str) -> None:
+def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path, start: Start, command: str) -> None:
     settings, trainer_config = redact_values(to_plain(config)), config.trainer
     architecture = model_config(config.model, corpus.vocab_size, corpus.eos_id, config.data.sequence_length)
     with StopSignals() as signals, _out_of_memory():
         faults.point("train.model")
         model = build_model(architecture, config.seed)
+        if base is not None and start.checkpoint is None:
+            start_from(model, base, config.init.wrap)
+        freeze(model, config.trainable)
         if trainer_config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if trainer_config.compile:
@@ -256,6 +263,8 @@ def _describe(folder: Path, config: TrainConfig, corpus: Corpus, start: Start, c
         "data": corpus.fingerprint,
         "tokenizer": corpus.tokenizer_sha256,
     }
+    if config.init.digest is not None:
+        hashes["base"] = config.init.digest
     record = collect(command, {"training": config.seed, "data": config.data.seed}, hashes)
     path = folder / "provenance.json"
     try:
