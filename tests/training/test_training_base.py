@@ -19,18 +19,20 @@ from attnres.training.models import build_model, model_config
 from attnres.training.module import nll_sum
 
 UNIFORM = {"model__attnres_exact_uniform": True}
+# Large enough for the factor 1/S^2 of an exact start to show.
+EPS = {"model__rms_norm_eps": 1.0e-2}
 BIASES = {"model__attnres_content": False, "model__attnres_bias": "sources"}
 
 
 @pytest.fixture(scope="module")
 def vanilla(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Path:
     """A vanilla run whose weights are far from their start, so that a wrong copy shows."""
-    return run(settings(tmp_path_factory.mktemp("base"), data, kind="vanilla", optim__lr=0.02))
+    return run(settings(tmp_path_factory.mktemp("base"), data, kind="vanilla", optim__lr=0.02, **EPS))
 
 
 def control(vanilla: Path, data: dict[str, Any], folder: Path, wrap: str | None = "uniform", **changes: Any) -> dict:
     """Settings of an AttnRes run that starts from the vanilla one."""
-    changes = (UNIFORM if wrap == "uniform" else {}) | changes
+    changes = EPS | (UNIFORM if wrap == "uniform" else {}) | changes
     return settings(folder, data, **{"init": {"base": str(vanilla), "wrap": wrap}} | changes)
 
 
@@ -168,7 +170,7 @@ def test_folder_of_a_run_without_a_base_does_not_depend_on_these_keys(data, tmp_
         ({"model__attnres_exact_uniform": False}, ConfigError, r"needs model\.attnres_exact_uniform=True"),
         ({"model__attnres_sources": "cumulative"}, ConfigError, r"needs model\.attnres_sources=block_sum"),
         ({"model__num_hidden_layers": 2}, CheckpointError, r"num_hidden_layers 3 there, 2 here"),
-        ({"model__rms_norm_eps": 1.0e-5}, CheckpointError, r"rms_norm_eps 1e-06 there, 1e-05 here"),
+        ({"model__rms_norm_eps": 1.0e-5}, CheckpointError, r"rms_norm_eps 0.01 there, 1e-05 here"),
         ({"data__seed": 3}, CheckpointError, "fingerprint"),
         ({"data__vocab_size": 290}, CheckpointError, "does not fit this run's data"),
         ({"trainable": "routing", "kind": "vanilla", "wrap": None}, ConfigError, "leaves nothing to train"),
