@@ -236,7 +236,7 @@ class StepDuties(Callback):
         if last or _due(step, config.val_every_steps):
             limit = config.val_batches * trainer.accumulate_grad_batches
             faults.point("train.validation")
-            module.val_loss = validation_loss(trainer, module.model, self._validation, limit)
+            module.val_loss = validation_loss(trainer, module.model, self._validation, limit, module.loss)
             metrics["val_loss"] = module.val_loss
         if self.plan is not None and config.routing_every_steps and (last or _due(step, config.routing_every_steps)):
             metrics |= routing_metrics(trainer, module.model, self.plan, next(iter(self._validation)))

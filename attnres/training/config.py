@@ -11,6 +11,8 @@ from typing import Any, Literal
 from attnres.config import require, to_plain
 from attnres.data import DataConfig
 
+Loss = Literal["auto", "plain", "chunked", "torch", "liger", "cce"]
+
 # Keys that say where and how a run executes, or how often it is saved and logged, not what it computes. A run
 # that is requeued on other hardware, or restarted with a different micro-batch, must find its own folder, so
 # these are left out of the hash. They change results by floating-point rounding at most.
@@ -39,6 +41,10 @@ EXECUTION_KEYS = frozenset(
         "trainer.routing_every_steps",
         "trainer.checkpoint_every_steps",
         "trainer.keep_last",
+        "trainer.milestone_every_steps",
+        "trainer.log_spaced",
+        "trainer.loss",
+        "trainer.peak_tflops",
     }
 )
 # Values that ask for nothing beyond what a run without the key does; such a run's folder does not depend on them.
@@ -80,6 +86,11 @@ class TrainerConfig:
     `*_every_steps = 0` means never, except that a run always validates and saves at its last step.
     `val_batches` counts global batches, so that the validation windows do not depend on how a batch is split.
     `threads = None` leaves torch's own choice.
+
+    `keep_last` of the checkpoints that `checkpoint_every_steps` asks for are kept; those at multiples of
+    `milestone_every_steps` and at the steps `round(b**k)` of `log_spaced = b` (`true`: 2) are written too and stay.
+    `loss` is how the NLL over the vocabulary is computed (see `attnres.training.loss`). `peak_tflops` is what one
+    device could do at the run's precision, for MFU; None takes it from a table of known GPUs.
     """
 
     max_steps: int = 200
@@ -100,6 +111,10 @@ class TrainerConfig:
     routing_every_steps: int = 100
     checkpoint_every_steps: int = 100
     keep_last: int = 2
+    milestone_every_steps: int = 0
+    log_spaced: bool | float = False
+    loss: Loss = "auto"
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -113,11 +128,24 @@ class TrainerConfig:
         )
         for name in at_least_one:
             require(getattr(self, name) >= 1, f"{name}: expected an integer >= 1, got {getattr(self, name)}")
-        for name in ("num_workers", "val_every_steps", "routing_every_steps", "checkpoint_every_steps"):
+        never_is_zero = ("val_every_steps", "routing_every_steps", "checkpoint_every_steps", "milestone_every_steps")
+        for name in ("num_workers", *never_is_zero):
             require(getattr(self, name) >= 0, f"{name}: expected an integer >= 0, got {getattr(self, name)}")
         for name in ("devices", "threads"):
             value = getattr(self, name)
             require(not isinstance(value, int) or value >= 1, f"{name}: expected an integer >= 1, got {value}")
+        require(
+            isinstance(self.log_spaced, bool) or self.log_spaced >= 1.1,
+            f"log_spaced: expected true, false or a base >= 1.1, got {self.log_spaced}",
+        )
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"peak_tflops: expected a number > 0 or null, got {self.peak_tflops}",
+        )
+        require(
+            self.loss != "torch" or self.precision == "32-true",
+            "loss: torch adds up bf16 losses in bf16, which is off by a tenth; use chunked, or precision=32-true",
+        )
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size"

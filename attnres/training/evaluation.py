@@ -14,11 +14,14 @@ from torchmetrics import MeanMetric
 from attnres.errors import DataError, NumericsError
 from attnres.model.families import BANDS, SUBLAYERS, band_layers, family_indices, grid
 from attnres.model.plan import DepthPlan
-from attnres.training.module import nll_sum
+from attnres.training.config import Loss
+from attnres.training.loss import nll_sum
 
 
 @torch.no_grad()
-def validation_loss(trainer: pl.Trainer, model: nn.Module, batches: Iterable[Any], limit: int) -> float:
+def validation_loss(
+    trainer: pl.Trainer, model: nn.Module, batches: Iterable[Any], limit: int, loss: Loss = "plain"
+) -> float:
     """Token-weighted mean NLL in nats/token over the first `limit` micro-batches of every rank.
 
     Raises:
@@ -31,16 +34,16 @@ def validation_loss(trainer: pl.Trainer, model: nn.Module, batches: Iterable[Any
     with _evaluating(trainer, model):
         for batch in islice(batches, limit):
             batch = trainer.strategy.batch_to_device(batch)
-            total, count = nll_sum(model, batch)
+            total, count = nll_sum(model, batch, loss)
             # As infinity, a NaN reaches the mean on every rank.
             metric.update((total / count.clamp(min=1)).nan_to_num(torch.inf, torch.inf), weight=count)
             seen += 1
     if not seen:
         raise DataError("the validation split gives no batch; raise data.validation or lower micro_batch_size")
-    loss = float(metric.compute())
-    if not math.isfinite(loss):
+    mean = float(metric.compute())
+    if not math.isfinite(mean):
         raise NumericsError("the validation loss is not finite; lower optim.lr or look at the validation text")
-    return loss
+    return mean
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
@@ -36,17 +35,13 @@ from attnres.run_folder import (
 from attnres.training.base import freeze, resolve_base, start_from
 from attnres.training.callbacks import SIGNALS, StepDuties, StopSignals
 from attnres.training.checkpoint import ExportInfo, RunCheckpointIO, clean
-from attnres.training.config import (
-    TrainConfig,
-    TrainerConfig,
-    config_hash,
-    run_folder,
-)
+from attnres.training.config import TrainConfig, config_hash, run_folder
 from attnres.training.loggers import CsvLogger, WandbLogger
 from attnres.training.models import build_model, model_config
 from attnres.training.module import CausalLMModule
-from attnres.training.ranks import GROUP_TIMEOUT, Peers, bound_to_launcher, is_connection_loss
+from attnres.training.ranks import Peers, bound_to_launcher, is_connection_loss
 from attnres.training.resume import Start, check_compatible, choose_start, completed
+from attnres.training.strategy import strategy
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +140,7 @@ def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path
             trainer_config.global_batch_size,
             trainer_config.num_workers,
         )
-        module = CausalLMModule(model, config.optim, trainer_config.max_steps, config.seed)
+        module = CausalLMModule(model, config.optim, trainer_config.max_steps, config.seed, trainer_config.loss)
         log.info(
             "%s: %s parameters, %d x %d tokens a step, steps %d to %d",
             folder,
@@ -200,7 +195,7 @@ def build_trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=_strategy(settings),
+            strategy=strategy(settings),
             precision=settings.precision,
             max_steps=settings.max_steps,
             max_epochs=-1,
@@ -236,23 +231,6 @@ def _quieten_libraries() -> None:
         ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _strategy(config: TrainerConfig) -> str | Strategy:
-    if config.strategy == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True, timeout=GROUP_TIMEOUT)
-    if config.strategy == "fsdp2":
-        devices = config.devices if isinstance(config.devices, int) else max(1, torch.cuda.device_count())
-        # Left to itself, Lightning chooses tensor parallelism on one node. The checkpoint is one file with
-        # whole tensors: it resumes on any number of ranks and is readable without unpickling distributed
-        # metadata.
-        return ModelParallelStrategy(
-            data_parallel_size=devices * config.num_nodes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            timeout=GROUP_TIMEOUT,
-        )
-    return "auto"
 
 
 def _describe(folder: Path, config: TrainConfig, corpus: Corpus, start: Start, command: str) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
-from attnres.data import NO_TARGET
 from attnres.errors import NumericsError
-from attnres.training.config import OptimConfig
+from attnres.training.config import Loss, OptimConfig
+from attnres.training.loss import attach, nll_sum
 from attnres.training.optim import build_optimizer, lr_multiplier
+from attnres.training.strategy import shard
 
 
 @dataclass(frozen=True)
@@ -24,25 +23,6 @@ class StepStats:
     loss: float
     grad_norm: float
     lr: float
-
-
-def nll_sum(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed next-token NLL in fp32 nats, and the number of targets, of a batch with shifted labels.
-
-    Positions reset per document isolate documents only without a mask and without a cache, hence the
-    arguments.
-
-    Args:
-        batch: `input_ids [B, T]`, `labels [B, T]` with -100 where there is no target, optionally
-        `position_ids [B, T]`.
-    """
-    inputs = {"input_ids": batch["input_ids"]}
-    if "position_ids" in batch:
-        inputs["position_ids"] = batch["position_ids"]
-    logits = model(**inputs, use_cache=False).logits
-    labels = batch["labels"]
-    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=NO_TARGET, reduction="sum")
-    return total, (labels != NO_TARGET).sum()
 
 
 class CausalLMModule(pl.LightningModule):
@@ -57,17 +37,18 @@ class CausalLMModule(pl.LightningModule):
     Args:
         model: fp32 master weights.
         max_steps: length of the schedule in optimizer steps.
-        seed: of the run; every micro-batch reseeds from (seed, step, micro-batch, rank), so that no random
-        state
+        seed: of the run; every micro-batch reseeds from (seed, step, micro-batch, rank), so that no random state
             needs saving.
+        loss: how the NLL is computed (see `attnres.training.loss`).
 
     Raises:
         NumericsError: from the step whose loss or gradient is not finite, before any weight changes.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, max_steps: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, optim: OptimConfig, max_steps: int, seed: int, loss: Loss = "plain") -> None:
         super().__init__()
         self.model = model
+        self.loss = loss
         self.optim = optim
         self.max_steps = max_steps
         self.seed = seed
@@ -79,18 +60,11 @@ class CausalLMModule(pl.LightningModule):
         self._sharded = False
 
     def configure_model(self) -> None:
-        """Shards sublayer by sublayer under FSDP2; Lightning may call it more than once, hence the guard.
-
-        Norms and routing parameters stay with the root, which is whole during a forward pass: the model reads
-        the routing parameters of a block's layers together, before those layers run.
-        """
+        """Shards the model under FSDP2; Lightning may call it more than once, hence the guard."""
         if self.device_mesh is None or self._sharded:
             return
-        mesh = self.device_mesh["data_parallel"]
-        for layer in self.model.model.layers:  # type: ignore[union-attr]
-            fully_shard(layer.self_attn, mesh=mesh)
-            fully_shard(layer.mlp, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+        shard(self.model, self.device_mesh["data_parallel"], bf16=self.trainer.precision == "bf16-mixed")
+        attach(self.model)
         self._sharded = True
 
     def configure_optimizers(self) -> Any:
@@ -106,7 +80,7 @@ class CausalLMModule(pl.LightningModule):
         torch.manual_seed(state)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        total, count = nll_sum(self.model, batch)
+        total, count = nll_sum(self.model, batch, self.loss)
         self._micro.append((total.detach(), count, batch["sample_ids"]))
         self._positions = batch["labels"].numel()
         return total / self._positions

@@ -18,8 +18,9 @@ from attnres.errors import DataError, NumericsError
 from attnres.model.plan import DepthPlan
 from attnres.training.config import OptimConfig
 from attnres.training.evaluation import routing_summary, validation_loss
+from attnres.training.loss import nll_sum
 from attnres.training.models import build_model, model_config
-from attnres.training.module import CausalLMModule, nll_sum
+from attnres.training.module import CausalLMModule
 
 VOCAB, LENGTH, STEPS = 50, 12, 3
 # The large eps keeps Adam from dividing rounding errors by themselves where a gradient is almost zero.

@@ -2,16 +2,13 @@
 
 import shutil
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from training_runs import (
     KILLED,
     child_killed_in,
-    child_rank,
     child_run,
     child_signalled_at,
     exit_code,
@@ -118,30 +115,3 @@ def test_train_resumes_with_other_micro_batches_in_the_same_folder(
     for ours, theirs in zip(rows(folder), rows(undropped), strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), abs=2e-6)
         assert ours["tokens"] == theirs["tokens"]
-
-
-def test_train_on_two_ranks_equals_one(tmp_path: Path, data: dict[str, Any], undropped: Path) -> None:
-    plain = settings(tmp_path, data, trainer__micro_batch_size=1, trainer__devices=2, trainer__strategy="ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "TORCHELASTIC_RUN_ID": "test",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    ranks = [
-        in_child(child_rank, plain, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [exit_code(process) for process in ranks] == [0, 0]
-    folder = tmp_path / undropped.name
-    ours, theirs = state(folder, 6)["state_dict"], state(undropped, 6)["state_dict"]
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
-    for one, other in zip(rows(folder), rows(undropped), strict=True):
-        assert float(one["loss"]) == pytest.approx(float(other["loss"]), abs=5e-6)
-        assert one["tokens"] == other["tokens"]

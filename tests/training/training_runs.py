@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -173,10 +174,74 @@ def child_killed_in(plain: dict[str, Any], module: str, name: str, call: int) ->
     run(plain)
 
 
-def child_rank(plain: dict[str, Any]) -> None:
-    """One rank of a distributed run; the rank is in the environment."""
+def two_ranks(target: Callable[..., None], *arguments: Any) -> list[int]:
+    """Exit codes of two processes that run `target(*arguments)` as the ranks of one job."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [
+        in_child(target, *arguments, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    return [exit_code(process) for process in ranks]
+
+
+def child_rank(plains: list[dict[str, Any]], killed_at: tuple[int, int] | None = None) -> None:
+    """One rank of a distributed job, which trains one run after the other; the rank is in the environment.
+
+    Sample ids go to `ids-<rank>.txt` in the runs folder, a line per micro-batch: optimizer step, then the ids.
+
+    Args:
+        killed_at: optimizer step and micro-batch in front of which this process gets SIGKILL.
+    """
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+    rank = int(os.environ["RANK"])
     # Lightning reads it on import, which the parent of this process did.
-    rank_zero_only.rank = int(os.environ["RANK"])  # type: ignore[attr-defined]
-    run(plain)
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    original = CausalLMModule.training_step
+    for plain in plains:
+        with open(Path(plain["runs_dir"]) / f"ids-{rank}.txt", "a") as stream:
+            print("start", file=stream)
+
+        def training_step(self: CausalLMModule, batch: Any, batch_idx: int, plain: dict[str, Any] = plain) -> Any:
+            if (self.trainer.global_step, len(self._micro)) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with open(Path(plain["runs_dir"]) / f"ids-{rank}.txt", "a") as stream:
+                print(self.trainer.global_step, *batch["sample_ids"].tolist(), file=stream)
+            return original(self, batch, batch_idx)
+
+        CausalLMModule.training_step = training_step  # type: ignore[method-assign]
+        run(plain)
+
+
+def sample_ids(runs_dir: Path, ranks: int) -> dict[int, list[int]]:
+    """Sample ids of every optimizer step in global order, from what `child_rank` wrote."""
+    steps: dict[int, list[list[list[int]]]] = {}
+    for rank in range(ranks):
+        mine: dict[int, list[list[int]]] = {}
+        started = False
+        for line in (runs_dir / f"ids-{rank}.txt").read_text().splitlines():
+            if line == "start":
+                started = True
+                continue
+            step, *ids = map(int, line.split())
+            if started:
+                # What an earlier process made of this step and later ones is lost.
+                mine = {done: micros for done, micros in mine.items() if done < step}
+                started = False
+            mine.setdefault(step, []).append(ids)
+        for step, micros in mine.items():
+            steps.setdefault(step, []).append(micros)
+    return {
+        step: [i for micro in zip(*by_rank, strict=True) for ids in micro for i in ids]
+        for step, by_rank in steps.items()
+    }

@@ -1,0 +1,46 @@
+"""When a checkpoint is written, and which of them stay for good."""
+
+import math
+from dataclasses import dataclass
+
+from attnres.training.config import TrainerConfig
+
+
+@dataclass(frozen=True)
+class CheckpointSchedule:
+    """Every so many steps, of which the newest few are kept; milestones and log-spaced steps stay.
+
+    Attributes:
+        every: steps between ordinary checkpoints; 0 for none.
+        milestone_every: steps between milestones; 0 for none.
+        base: log-spaced checkpoints at `round(base**k)`; 0 for none. A trajectory needs many of the early steps, where
+            routing forms, and few of the late ones.
+    """
+
+    every: int
+    milestone_every: int = 0
+    base: float = 0.0
+
+    @classmethod
+    def of(cls, config: TrainerConfig) -> "CheckpointSchedule":
+        base = {True: 2.0, False: 0.0}.get(config.log_spaced, config.log_spaced)
+        return cls(config.checkpoint_every_steps, config.milestone_every_steps, float(base))
+
+    def permanent(self, step: int) -> bool:
+        """Whether the checkpoint of this step is never removed."""
+        return due(step, self.milestone_every) or self._log_spaced(step)
+
+    def due(self, step: int) -> bool:
+        """Whether one is written after this step."""
+        return due(step, self.every) or self.permanent(step)
+
+    def _log_spaced(self, step: int) -> bool:
+        if not self.base or step < 1:
+            return False
+        nearest = round(math.log(step, self.base))
+        return any(round(self.base**k) == step for k in range(max(0, nearest - 1), nearest + 2))
+
+
+def due(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every`; never for 0."""
+    return every > 0 and step % every == 0
