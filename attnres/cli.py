@@ -46,6 +46,13 @@ def probe() -> None:
     _guarded("probe", _probe)
 
 
+def plan() -> None:
+    """`python -m attnres.training.plan`: what a run needs, from `train.py`'s words and `cluster.KEY=VALUE`."""
+    cluster = [word for word in sys.argv[1:] if word.startswith("cluster.")]
+    sys.argv = [word for word in sys.argv if word not in cluster]
+    _guarded("train", partial(_plan, cluster))
+
+
 def _train(settings: dict[str, Any]) -> None:
     from attnres.training.config import TrainConfig
     from attnres.training.fit import train as run
@@ -61,6 +68,16 @@ def _probe(settings: dict[str, Any]) -> None:
     result = run(build(ProbeConfig, settings), command_line())
     print(verdict_table(result.cells))
     print(result.report)
+
+
+def _plan(cluster: list[str], settings: dict[str, Any]) -> None:
+    from attnres.training.config import TrainConfig
+    from attnres.training.plan import ClusterConfig, describe, make_plan
+
+    words = OmegaConf.to_container(OmegaConf.from_dotlist(cluster))
+    machines = build(ClusterConfig, words.get("cluster", {}) if isinstance(words, dict) else {}, "cluster")
+    config = build(TrainConfig, settings)
+    print(describe(config, machines, make_plan(config, machines)))
 
 
 def _guarded(name: str, run: Callable[[dict[str, Any]], None]) -> None:

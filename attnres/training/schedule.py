@@ -23,8 +23,9 @@ class CheckpointSchedule:
 
     @classmethod
     def of(cls, config: TrainerConfig) -> "CheckpointSchedule":
-        base = {True: 2.0, False: 0.0}.get(config.log_spaced, config.log_spaced)
-        return cls(config.checkpoint_every_steps, config.milestone_every_steps, float(base))
+        # `true` counts as one, which is no base.
+        base = 2.0 if config.log_spaced is True else float(config.log_spaced)
+        return cls(config.checkpoint_every_steps, config.milestone_every_steps, base)
 
     def permanent(self, step: int) -> bool:
         """Whether the checkpoint of this step is never removed."""

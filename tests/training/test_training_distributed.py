@@ -89,7 +89,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Runs
     resumed = {case: bitwise(case, "resumed") for case in BITWISE}
     for case, plain in resumed.items():
         # In the last micro-batch of step 4: step 3 is lost too.
-        assert two_ranks(child_rank, [plain], (3, case[1] - 1)) == [KILLED, KILLED]
+        codes = two_ranks(child_rank, [plain], (3, case[1] - 1))
+        # One may notice that the other is gone before its own time comes.
+        assert KILLED in codes and 0 not in codes
         (folder,) = (p for p in Path(plain["runs_dir"]).iterdir() if p.is_dir())
         assert list(list_steps(folder)) == [2]
     for strategy in ("ddp", "fsdp2"):
