@@ -1,0 +1,111 @@
+"""Models whose causal sites are known by construction: the probe's grid and statistics find them, and only them."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import pytest
+
+from attnres.model.families import grid
+from attnres.probe.dissociation import dissociation_table, spearman_table
+from attnres.probe.inference import StatisticsConfig
+from attnres.probe.interventions import Intervention
+from attnres.probe.runner import Subject, eligibility_table, run_grid
+from attnres.probe.statistics import cell_table
+from tests.probe.planted_models import Planted, backup, duplicated_source, norm_trap, one_attention, one_mlp, two_mlps
+
+STATISTICS = StatisticsConfig(sign_flips=999, bootstrap=200)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A planted model and what the probe says of it."""
+
+    planted: Planted
+    cells: pd.DataFrame
+    dissociation: pd.DataFrame
+    spearman: pd.DataFrame
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        return dict(zip(self.cells["cell"], self.cells["verdict"], strict=True))
+
+
+def probed(planted: Planted) -> Probed:
+    subject = Subject("attnres", planted.model)
+    masks = {cell: Intervention("mask", cell.family, cell.sublayer, cell.band) for cell in grid(subject.plan)}
+    run = [mask for cell, mask in masks.items() if cell.eligible]
+    tables = run_grid(subject, run, planted.windows, 64, lambda done: None)
+    eligibility = eligibility_table(subject, list(masks.values()))
+    measured = (tables.effects, tables.mass, eligibility, STATISTICS)
+    return Probed(planted, cell_table(*measured), dissociation_table(*measured), spearman_table(*measured))
+
+
+@pytest.fixture(scope="module")
+def everything() -> list[Probed]:
+    planted = [
+        *(one_mlp(seed, layer) for seed, layer in enumerate((1, 3, 5))),
+        *(two_mlps(10 + layer, layer, family) for layer, family in ((1, "current"), (3, "recent"), (5, "older"))),
+        *(one_attention(20 + layer, layer) for layer in (2, 5)),
+        *(duplicated_source(30 + layer, layer) for layer in (3, 5)),
+        *(norm_trap(40 + seed) for seed in range(3)),
+    ]
+    return [probed(one) for one in planted]
+
+
+def test_planted_sites_are_causal_and_others_are_not(everything):
+    judged = [
+        (verdict, cell in one.planted.causal)
+        for one in everything
+        for cell, verdict in one.verdicts.items()
+        if verdict != "excluded"
+    ]
+    found = sum(verdict == "causal" for verdict, planted in judged if planted)
+    sites = sum(planted for _, planted in judged)
+    others = [verdict for verdict, planted in judged if not planted]
+    told = pd.Series(others).value_counts().to_dict()
+    print(f"\n{len(everything)} models: {found} of {sites} planted sites causal; {len(others)} other cells: {told}")
+    assert sites == sum(len(one.planted.causal) for one in everything)
+    assert found == sites
+    assert others.count("causal") <= 0.05 * len(others)
+
+
+def test_mass_without_a_role_is_null(everything):
+    """A vector in a subspace that nothing reads: masking it changes what the norm returns, and no effect follows."""
+    with_role = [one for one in everything if one.planted.without_role]
+    assert len(with_role) == 3
+    for one in with_role:
+        cells = one.cells.set_index("cell")
+        for cell in one.planted.without_role:
+            assert cells.loc[cell, "verdict"] == "null", one.planted.name
+            assert cells.loc[cell, "appreciable"]
+            assert cells.loc[cell, "displacement"] > 0.05
+            (site,) = one.planted.causal
+            assert cells.loc[cell, "mass"] > 2 * cells.loc[site, "mass"] or "early" in cell
+
+
+def test_duplicated_source_is_excluded_and_only_its_reader_is_causal(everything):
+    for one in (one for one in everything if one.planted.name.startswith("duplicated")):
+        cells = one.cells.set_index("cell")
+        for band in ("early", "mid", "late"):
+            assert cells.loc[f"mask:current@attn.{band}", "verdict"] == "excluded"
+            assert "duplicate" in cells.loc[f"mask:current@attn.{band}", "reason"]
+        assert {cell for cell, verdict in one.verdicts.items() if verdict == "causal"} == one.planted.causal
+
+
+def test_norm_trap_is_named_by_the_norm_aware_share(everything):
+    traps = [one for one in everything if one.planted.name == "norm_trap"]
+    assert len(traps) == 3
+    for one in traps:
+        told = one.dissociation.set_index("sublayer").loc["mlp"]
+        assert told["verdict"] == "dissociated"
+        assert told["effect_cell"] in one.planted.causal and told["mass_cell"] not in one.planted.causal
+        assert "norm_share" in told["predicted_by"].split(", ")
+        rho = one.spearman.set_index(["sublayer", "metric"])["rho"]
+        assert rho["mlp", "mass"] < 0 < rho["mlp", "norm_share"]
+
+
+def test_source_with_a_backup_is_not_causal():
+    """What a single mask cannot see: two sources hold the answer, and neither is needed while the other is there."""
+    verdicts = probed(backup(50)).verdicts
+    assert {verdicts["mask:embedding@mlp.late"], verdicts["mask:older@mlp.late"]} == {"null"}
+    assert "causal" not in verdicts.values()
