@@ -66,8 +66,9 @@ def _probe(settings: dict[str, Any]) -> None:
     from attnres.probe.run import verdict_table
 
     result = run(build(ProbeConfig, settings), command_line())
-    print(verdict_table(result.cells))
-    print(result.report)
+    if result is not None:
+        print(verdict_table(result.cells))
+        print(result.report)
 
 
 def _plan(cluster: list[str], settings: dict[str, Any]) -> None:

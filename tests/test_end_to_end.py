@@ -66,7 +66,8 @@ def test_probe_writes_what_it_promises(probed):
     assert all((probed / name).exists() for name in WRITTEN)
     cells = pd.read_csv(probed / "cells.csv")
     assert list(cells["model"].unique()) == ["attnres", "recency", "uniform"]
-    assert (cells.groupby("model").size() == 24).all()
+    assert (cells[cells["intervention"] == "mask"].groupby("model").size() == 24).all()
+    assert (cells[cells["intervention"] == "matched"].groupby("model").size() == 4).all()
     summary = json.loads((probed / "summary.json").read_text())
     assert summary["grid"]["complete"] and all(check["passed"] for check in summary["checks"])
     assert {model["verified"] for model in summary["models"]} == {True}
@@ -78,6 +79,7 @@ def test_probe_compares_all_models_on_the_same_windows(probed):
     assert seen.nunique() == 1
     registered = json.loads((probed / "preregistration.json").read_text())
     assert set(effects["cell"]) <= set(registered["cells"])
+    assert not (probed / "parts").exists()
 
 
 def test_probe_twice_gives_the_same_tables(trained, probed):
@@ -92,8 +94,8 @@ def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(tr
     assert len(parts) == 2
     for path in parts:
         grid = json.loads(path.read_text())["grid"]
-        assert (grid["run_cells"], grid["candidate_cells"], grid["complete"]) == (6, 24, False)
-        assert "6 of 24" in (path.parent / "report.html").read_text()
+        assert (grid["run_cells"], grid["candidate_cells"], grid["complete"]) == (7, 28, False)
+        assert "7 of 28" in (path.parent / "report.html").read_text()
     whole = pd.read_csv(probed / "cells.csv").set_index(["model", "cell"])
     for path in parts:
         part = pd.read_csv(path.parent / "cells.csv").set_index(["model", "cell"])

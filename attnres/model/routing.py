@@ -12,7 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from attnres import ops
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.plan import DepthPlan, ReadPlan
-from attnres.model.state import DepthState, Edit, Observer, Site, Trace
+from attnres.model.state import DepthState, Edit, Observer, Site, Trace, VectorEdit
 from attnres.ops import ReadParameters
 
 
@@ -117,11 +117,14 @@ def route(
     if edit is not None and edited:
         changed = edit(site, log_weights)
         if changed is not log_weights:
-            log_weights = torch.log_softmax(changed, dim=-1)
+            # Rows that the edit left alone stay bitwise what they were: rows of one batch may be edited differently.
+            alone = (changed == log_weights).all(-1, keepdim=True)
+            log_weights = torch.where(alone, log_weights, torch.log_softmax(changed, dim=-1))
             if bool(torch.isnan(log_weights).any()):
                 where = f"read {site.read} ({site.sublayer} of layer {site.layer})"
                 raise ValueError(f"edit: every source of a row is removed at {where}; leave at least one")
-        normed = ops.mix_and_norm(sources, torch.exp(log_weights), norm.weight, norm_eps)
+        mixed = edit.vectors(site, sources) if isinstance(edit, VectorEdit) else sources
+        normed = ops.mix_and_norm(mixed, torch.exp(log_weights), norm.weight, norm_eps)
     if observe is not None:
         observe(Trace(site, log_weights, sources, norm_eps))
     return state, normed

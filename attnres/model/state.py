@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -35,6 +35,18 @@ class Edit(Protocol):
 
     def __call__(self, site: Site, log_weights: Tensor) -> Tensor:
         """New log weights `[B, T, S]` (fp32; need not be normalised) for given normalised ones; `-inf` removes."""
+        ...
+
+
+@runtime_checkable
+class VectorEdit(Edit, Protocol):
+    """An edit that also changes what a read mixes: a pure function of the source vectors.
+
+    Routing weights are those of the model's own sources; only the vectors under them are exchanged, at this read alone.
+    """
+
+    def vectors(self, site: Site, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """New source vectors, S tensors `[B, T, D]`, for given ones."""
         ...
 
 

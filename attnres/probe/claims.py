@@ -29,6 +29,8 @@ def study_claims(
     """One row per claim: `claim`, `verdict` ("reproduced", "not reproduced", "inconclusive" or "not tested"),
     `evidence`, `test`.
     """
+    # The study masked; other interventions and the controls have cells of their own.
+    cells = cells[cells["intervention"] == "mask"]
     return [
         *_schedule_claims(checks),
         *_motif_claims(effects, cells, contrasts, config),

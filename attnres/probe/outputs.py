@@ -21,7 +21,7 @@ from attnres.probe.runner import Split, Subject, Tables
 from attnres.probe.statistics import cell_table, contrast_table
 from attnres.provenance import write_json, write_text
 
-__all__ = ["TRAINED", "Setting", "preregistration", "write_tables"]
+__all__ = ["TRAINED", "Setting", "preregistration", "register", "write_tables"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,16 @@ def preregistration(setting: Setting, cells: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def register(path: Path, registered: dict[str, Any]) -> None:
+    """Write a preregistration; one that says the same stays, with the time at which it was written."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = {}
+    if {**earlier, "written": ""} != {**json.loads(json.dumps(registered)), "written": ""}:
+        write_json(path, registered)
+
+
 def write_tables(
     folder: Path, setting: Setting, tables: Tables, eligibility: pd.DataFrame, run_cells: int
 ) -> pd.DataFrame:
@@ -106,6 +116,9 @@ def write_tables(
             "families": list(grid.families),
             "sublayers": list(grid.sublayers),
             "bands": list(grid.bands),
+            "interventions": list(grid.interventions),
+            "controls": grid.controls,
+            "places": grid.places,
             "note": "",
         },
         "statistics": to_plain(statistics) | setting.counts | {"window_length": grid.length},

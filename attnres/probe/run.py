@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,26 +14,41 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Qwen3ForCausalLM
 
-from attnres.config import build
+from attnres.config import build, to_plain
 from attnres.data import Corpus, DataConfig, ProbeWindows, prepare, probe_windows
-from attnres.errors import CheckpointError, ConfigError, DataError, StorageError
-from attnres.model.families import grid
+from attnres.errors import CheckpointError, ConfigError, DataError, Stopped, StorageError
 from attnres.model.loading import load_model, wrap_qwen3
 from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.probe.candidates import candidates, whole_grid
 from attnres.probe.checks import check_subject, require_passed
-from attnres.probe.config import ProbeConfig, config_hash
-from attnres.probe.interventions import Intervention
+from attnres.probe.config import ProbeConfig, config_hash, digest
+from attnres.probe.interventions import Spec
 from attnres.probe.locate import Located, locate, locate_baseline
-from attnres.probe.outputs import TRAINED, Setting, preregistration, write_tables
+from attnres.probe.outputs import TRAINED, Setting, preregistration, register, write_tables
+from attnres.probe.parts import Parts
 from attnres.probe.report import write_report
-from attnres.probe.runner import Split, Subject, Tables, eligibility_table, run_grid
+from attnres.probe.runner import (
+    Execution,
+    Ranks,
+    Split,
+    Subject,
+    Tables,
+    eligibility_table,
+    pilot_of,
+    run_cells,
+    run_pilot,
+    tables_of,
+)
+from attnres.probe.stopping import StopSignals, lock
 from attnres.probe.viewer import write_viewer
-from attnres.provenance import collect, write_json
+from attnres.provenance import collect
 
 log = logging.getLogger(__name__)
 
 # Windows that the checks look at; more would say the same more slowly.
 CHECK_WINDOWS = 4
+# Where finished pieces are kept until the tables are written.
+PARTS = "parts"
 
 
 @dataclass(frozen=True)
@@ -55,60 +71,82 @@ def verdict_table(cells: pd.DataFrame) -> str:
     return wide.loc[list(order), list(models)].fillna("-").rename_axis(columns=None).to_string()
 
 
-def probe(config: ProbeConfig, command: str) -> Result:
+def probe(config: ProbeConfig, command: str) -> Result | None:
     """Run a probe and write its folder.
 
+    Returns:
+        What was found; None in all but the first of several processes.
+
     Raises:
-        ConfigError: no baseline, or settings that do not fit the models.
+        ConfigError: no baseline, settings that do not fit the models, or a folder in use.
         DataError: no windows.
         CheckpointError: a checkpoint that is missing or unreadable.
         NumericsError: a check that fails, or an effect that is not finite.
         StorageError: a folder that cannot be written.
+        Stopped: a signal came; what is finished is kept, and the same command resumes.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    device = _device(config)
+    ranks = Ranks.launch(config.devices, device.type)
+    device = ranks.device or device
     trained_at = locate(config.ckpt)
     baseline_at = locate_baseline(config.baseline, trained_at)
-    corpus = prepare(_data_config(config, trained_at))
+    corpus = _corpus(config, trained_at, ranks)
     _same_text(config, corpus, trained_at)
     windows = _windows(config, corpus)
-    trained, vanilla = _load(config, trained_at, baseline_at, corpus)
+    trained, vanilla = _load(config, trained_at, baseline_at, corpus, device)
     subjects = _subjects(config, trained, vanilla)
-    folder = (
-        Path(config.runs_dir) / f"probe_{trained_at.run}-{config_hash(config, [trained_at.digest, baseline_at.digest])}"
-    )
-    with _storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    ids, labels = (tensor[:CHECK_WINDOWS].to(trained.device) for tensor in _checked(windows))
-    checks = [check for subject in subjects for check in check_subject(subject, vanilla, ids, labels)]
-    require_passed(checks)
-    log.info("%d checks passed; writing to %s", len(checks), folder)
-
-    chosen = _interventions(config)
-    eligibility = pd.concat([eligibility_table(subject, chosen) for subject in subjects], ignore_index=True)
-    statistics = dataclasses.replace(
-        config.statistics, grid_cells=config.statistics.grid_cells or len(grid(trained.model.plan))
-    )
-    provenance = collect(
-        command,
-        {"probe": config.probe.seed, "statistics": statistics.seed},
-        {
+    digests = [trained_at.digest, baseline_at.digest]
+    folder = Path(config.runs_dir) / f"probe_{trained_at.run}-{config_hash(config, digests)}"
+    chosen, whole = (make(config.probe, trained.model.plan) for make in (candidates, whole_grid))
+    with _only_probe_in(folder, ranks):
+        ids, labels = (tensor[:CHECK_WINDOWS].to(trained.device) for tensor in _checked(windows))
+        checks = [check for subject in subjects for check in check_subject(subject, vanilla, ids, labels)]
+        require_passed(checks)
+        log.info("%d checks passed; writing to %s", len(checks), folder)
+        statistics = dataclasses.replace(
+            config.statistics, grid_cells=config.statistics.grid_cells or len(set(whole) | set(chosen))
+        )
+        hashes = {
             "data": corpus.fingerprint,
             "tokenizer": corpus.tokenizer_sha256,
             "checkpoint": trained_at.digest,
             "baseline": baseline_at.digest,
-        },
-    )
-    setting = Setting(config.probe, statistics, subjects, (trained_at, baseline_at), windows, checks, provenance)
-    cells = [item.id for item in chosen]
-    with _storage_errors(folder):
-        write_json(folder / "preregistration.json", preregistration(setting, cells))
-    tables = _run(config, subjects, chosen, windows)
-    with _storage_errors(folder):
-        judged = write_tables(folder, setting, tables, eligibility, len(cells))
-        write_viewer(folder, subjects[0], windows["confirm"], corpus)
-        report = write_report(folder)
+        }
+        provenance = collect(command, {"probe": config.probe.seed, "statistics": statistics.seed}, hashes)
+        setting = Setting(config.probe, statistics, subjects, (trained_at, baseline_at), windows, checks, provenance)
+        measured_on = [to_plain(config.probe), hashes, provenance["versions"], device.type]
+        parts_folder = folder / PARTS / digest(measured_on)
+        with _storage_errors(folder):
+            if ranks.rank == 0:
+                register(folder / "preregistration.json", preregistration(setting, [spec.id for spec in chosen]))
+            tables, eligibility = _run(config, subjects, chosen, windows, parts_folder, ranks)
+            if ranks.rank > 0:
+                return None
+            judged = write_tables(folder, setting, tables, eligibility, len(chosen))
+            write_viewer(folder, subjects[0], windows["confirm"], corpus)
+            report = write_report(folder)
+            shutil.rmtree(folder / PARTS)
     return Result(folder, report, judged)
+
+
+@contextmanager
+def _only_probe_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """The folder, made and locked by the first process for all of them.
+
+    Raises:
+        ConfigError: another probe is at work in it.
+    """
+    with ExitStack() as stack:
+        free = True
+        if ranks.rank == 0:
+            with _storage_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            free = stack.enter_context(lock(folder))
+        if ranks.any(not free):
+            raise ConfigError(f"{folder} is in use by another probe; wait for it or change the settings")
+        yield
 
 
 @contextmanager
@@ -132,6 +170,14 @@ def _data_config(config: ProbeConfig, trained: Located) -> DataConfig:
     if not stored and merged.get("tokenizer") is None:
         merged["tokenizer"] = str(trained.folder)
     return build(DataConfig, merged, "data")
+
+
+def _corpus(config: ProbeConfig, trained: Located, ranks: Ranks) -> Corpus:
+    """The corpus; the first process makes it if need be, and the others then find it."""
+    settings = _data_config(config, trained)
+    corpus = prepare(settings) if ranks.rank == 0 else None
+    ranks.any(False)
+    return corpus or prepare(settings)
 
 
 def _same_text(config: ProbeConfig, corpus: Corpus, trained: Located) -> None:
@@ -172,10 +218,9 @@ def _device(config: ProbeConfig) -> torch.device:
 
 
 def _load(
-    config: ProbeConfig, trained_at: Located, baseline_at: Located, corpus: Corpus
+    config: ProbeConfig, trained_at: Located, baseline_at: Located, corpus: Corpus, device: torch.device
 ) -> tuple[Qwen3AttnResForCausalLM, Qwen3ForCausalLM]:
     # fp32 whatever was stored: effects are differences of small numbers.
-    device = _device(config)
     trained: nn.Module = load_model(trained_at.folder, bias=config.probe.bias, dtype=torch.float32)
     vanilla: nn.Module = load_model(baseline_at.folder, dtype=torch.float32)
     trained, vanilla = trained.to(device), vanilla.to(device)
@@ -212,37 +257,53 @@ def _subjects(config: ProbeConfig, trained: Qwen3AttnResForCausalLM, vanilla: Qw
     return [Subject(TRAINED, trained), *wraps]
 
 
-def _interventions(config: ProbeConfig) -> list[Intervention]:
-    settings = config.probe
-    return [
-        Intervention(settings.intervention, family, sublayer, band)
-        for band in settings.bands
-        for sublayer in settings.sublayers
-        for family in settings.families
-    ]
-
-
 def _run(
-    config: ProbeConfig, subjects: list[Subject], chosen: list[Intervention], windows: dict[Split, ProbeWindows]
-) -> Tables:
-    size = config.probe.batch_size
-    per_subject = {
-        subject.name: [item for item in chosen if item.edit(subject.plan).removed and _eligible(subject, item)]
-        for subject in subjects
-    }
-    rounds = sum(-(-len(drawn) // size) for drawn in windows.values())
-    total = rounds * sum(len(items) for items in per_subject.values())
-    found = []
-    with tqdm(total=total, unit="cell", desc="probe", mininterval=1.0) as bar:
+    config: ProbeConfig,
+    subjects: list[Subject],
+    chosen: list[Spec],
+    windows: dict[Split, ProbeWindows],
+    parts_folder: Path,
+    ranks: Ranks,
+) -> tuple[Tables, pd.DataFrame]:
+    """Tables of all models and the table of eligibility; both are of use to the first process only."""
+    settings = config.probe
+    parts = Parts(parts_folder)
+    if ranks.rank == 0:
+        parts.clear()
+    ranks.any(False)
+    with StopSignals() as signals, tqdm(unit="cell", desc="probe", mininterval=1.0, disable=ranks.rank > 0) as bar:
+        execution = Execution(
+            windows,
+            settings.batch_size,
+            settings.seed,
+            settings.cells_per_pass,
+            parts,
+            ranks,
+            bar.update,
+            signals.asked,
+        )
+
+        def go_on(finished: bool) -> None:
+            if ranks.any(not finished):
+                name = signals.received.name if signals.received else "a signal to another process"
+                raise Stopped(
+                    f"stopped by {name}; what is finished is kept in {parts_folder}, the same command resumes"
+                )
+            parts.refresh()
+
+        planned = {subject.name: [spec for spec in chosen if spec.cell(subject.plan).eligible] for subject in subjects}
+        bar.total = len(execution.mine()) * sum(map(len, planned.values()))
+        found, listed = [], []
         for subject in subjects:
             bar.set_postfix_str(subject.name)
-            found.append(run_grid(subject, per_subject[subject.name], windows, size, bar.update))
-    parts = zip(*((t.effects, t.mass, t.routing, t.clean) for t in found), strict=True)
-    return Tables(*(pd.concat(part, ignore_index=True) for part in parts))
-
-
-def _eligible(subject: Subject, item: Intervention) -> bool:
-    return any(
-        cell.eligible and (cell.family, cell.sublayer, cell.band) == (item.family, item.sublayer, item.band)
-        for cell in grid(subject.plan)
-    )
+            go_on(run_pilot(subject, planned[subject.name], execution))
+            pilot = pilot_of(subject, execution)
+            listed.append(eligibility_table(subject, chosen, pilot, windows.get("pilot")))
+            possible = set(listed[-1].loc[listed[-1]["eligible"], "cell"])
+            specs = [spec for spec in planned[subject.name] if spec.id in possible]
+            bar.total -= len(execution.mine()) * (len(planned[subject.name]) - len(specs))
+            go_on(run_cells(subject, specs, pilot, execution))
+            found.append(tables_of(subject, specs, execution))
+    parts_of_tables = zip(*((t.effects, t.mass, t.routing, t.clean) for t in found), strict=True)
+    tables = Tables(*(pd.concat(some, ignore_index=True) for some in parts_of_tables))
+    return tables, pd.concat(listed, ignore_index=True)

@@ -1,24 +1,47 @@
-"""The one loop: every cell of the grid, on every window, from the clean state at its first edited layer."""
+"""The one loop: every cell of the grid, on every window, from the clean state at its first edited layer.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+A batch of windows is the unit of work: its clean run, then its cells. Batches are dealt to the processes of a
+distributed run, and what is finished is kept in `attnres.probe.parts`. The tables are made of these parts, so they are
+the same whether a run was interrupted or shared.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from attnres.data import ProbeWindows
-from attnres.errors import NumericsError
-from attnres.model.families import Cell, band_layers, family_indices, family_of, grid
+from attnres.errors import ConfigError, NumericsError, StorageError
+from attnres.model.families import FAMILIES, Cell, family_indices, family_of, grid, place_reads
 from attnres.model.loading import schedule_weights
 from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
 from attnres.model.plan import DepthPlan
 from attnres.model.state import DepthState, Trace
-from attnres.probe.interventions import CLEAN, Intervention
-from attnres.probe.measure import CleanReadout, measure_mass
+from attnres.ops import PreparedBlock
+from attnres.probe.donors import Pilot, donors, noise, reads_of, unavailable
+from attnres.probe.edits import CLEAN, RowsEdit
+from attnres.probe.interventions import DONOR_KINDS, NOTHING, Materials, Spec
+from attnres.probe.measure import CleanReadout, Effects, measure_mass
+from attnres.probe.parts import Key, Parts
 
 Split = Literal["pilot", "confirm"]
+# The parts that come from a clean run.
+OBSERVED = ("mass", "routing", "clean")
+# Finished cells are written together if they come faster than this.
+_SECONDS_BETWEEN_PARTS = 1.0
+# A process that has finished its batches waits this long for the others.
+_PATIENCE = timedelta(hours=24)
+# Where cells share a pass: most tokens of it, and most bytes of its logits.
+_MOST_TOKENS, _MOST_LOGITS = 2**15, 2**31
 
 
 @dataclass(frozen=True)
@@ -69,12 +92,114 @@ class Tables:
     clean: pd.DataFrame
 
 
-def first_layer(intervention: Intervention, plan: DepthPlan) -> int:
-    """The first layer that an intervention can change."""
-    edited = intervention.edit(plan).removed
-    if edited:
-        return plan.reads[min(edited)].layer
-    return band_layers(intervention.band, plan.num_layers).start
+class Ranks:
+    """The processes that share a probe; one by default. The first of them writes what is not a part."""
+
+    def __init__(self, fabric: Fabric | None = None) -> None:
+        self._fabric = fabric
+        self.rank = 0 if fabric is None else fabric.global_rank
+        self.size = 1 if fabric is None else fabric.world_size
+
+    @classmethod
+    def launch(cls, devices: int, accelerator: str) -> "Ranks":
+        """As many processes as there are devices, unless torchrun has started them already.
+
+        Raises:
+            ConfigError: the machine does not have so many.
+        """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if devices == started == 1:
+            return cls()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+        try:
+            fabric = Fabric(
+                accelerator=accelerator,
+                devices=here,
+                num_nodes=max(1, started // here),
+                strategy=DDPStrategy(timeout=_PATIENCE),
+            )
+            fabric.launch()
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"devices={devices}: {' '.join(str(error).split())}") from error
+        return cls(fabric)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of this process; None where it is alone and free to choose."""
+        return None if self._fabric is None else self._fabric.device
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them wait here for each other."""
+        if self._fabric is None:
+            return flag
+        flags: Any = self._fabric.all_reduce(torch.tensor(float(flag), device=self._fabric.device), reduce_op="sum")
+        return bool(flags > 0)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a grid is walked through.
+
+    Attributes:
+        windows: per split.
+        batch_size: windows a batch; bounds memory, which does not grow with the number of cells.
+        seed: of donors and noise.
+        cells_per_pass: cells that share a forward pass as rows of one batch; None chooses: one on a CPU, where more
+            gain nothing.
+        parts: where finished pieces go.
+        ranks: the processes that share the work.
+        progress: called with the number of cells finished on a batch.
+        stop: asked between cells; True ends the walk after what is finished is kept.
+    """
+
+    windows: Mapping[Split, ProbeWindows]
+    batch_size: int
+    seed: int = 0
+    cells_per_pass: int | None = None
+    parts: Parts = field(default_factory=Parts)
+    ranks: Ranks = field(default_factory=Ranks)
+    progress: Callable[[int], None] = lambda done: None
+    stop: Callable[[], bool] = lambda: False
+
+    def batches(self) -> Iterator[tuple[Split, int, slice]]:
+        """Every batch of every split, in order."""
+        for split, drawn in self.windows.items():
+            for number, part in enumerate(batches(drawn, self.batch_size)):
+                yield split, number, part
+
+    def mine(self) -> list[tuple[Split, int, slice]]:
+        """The batches of this process."""
+        return [unit for index, unit in enumerate(self.batches()) if index % self.ranks.size == self.ranks.rank]
+
+    def stopping(self) -> bool:
+        """Whether this process or another one was asked to stop."""
+        if self.stop():
+            self.parts.ask_to_stop()
+            return True
+        return self.parts.asked_to_stop()
+
+
+def first_layer(spec: Spec, plan: DepthPlan) -> int:
+    """The first layer that an intervention can change; L where that is the final read."""
+    reads = [plan.reads[j] for part in spec.parts if part.kind != "noop" for j in part.cell(plan).reads]
+    reads = reads or [read for part in spec.parts for read in place_reads(plan, part.sublayer, part.band)]
+    return min(read.layer for read in reads)
+
+
+def _through(
+    model: Qwen3AttnResForCausalLM, input_ids: Tensor, starts: Sequence[int], observe: Callable[[Trace], None] | None
+) -> tuple[Context, dict[int, DepthState], Tensor]:
+    """One pass over all layers on the explicit path: context, states kept, last hidden state `[B, T, D]`."""
+    decoder = model.model
+    embeddings = decoder.embed_tokens(input_ids)
+    context = decoder.context(embeddings, edit=CLEAN, observe=observe)
+    state, states = decoder.embed(embeddings), {}
+    for layer in range(decoder.config.num_hidden_layers + 1):
+        if layer in starts:
+            states[layer] = state
+        if layer < decoder.config.num_hidden_layers:
+            state = decoder.step(state, layer, context)
+    return context, states, decoder.finish(state, context)
 
 
 def run_clean(
@@ -85,27 +210,54 @@ def run_clean(
     observe: Callable[[Trace], None] | None = None,
 ) -> Clean:
     """One pass over all layers on the explicit path, keeping the state in front of each layer in `starts`."""
-    decoder = model.model
-    embeddings = decoder.embed_tokens(input_ids)
-    context = decoder.context(embeddings, edit=CLEAN, observe=observe)
-    state, states = decoder.embed(embeddings), {}
-    for layer in range(decoder.config.num_hidden_layers):
-        if layer in starts:
-            states[layer] = state
-        state = decoder.step(state, layer, context)
-    logits = model.lm_head(decoder.finish(state, context))
+    context, states, hidden = _through(model, input_ids, starts, observe)
+    logits = model.lm_head(hidden)
     return Clean(replace(context, observe=None), states, CleanReadout.of(logits, labels), logits)
 
 
-def run_edited(model: Qwen3AttnResForCausalLM, clean: Clean, intervention: Intervention) -> Tensor:
+def run_edited(model: Qwen3AttnResForCausalLM, clean: Clean, spec: Spec, materials: Materials = NOTHING) -> Tensor:
     """Logits `[B, T, V]` under an intervention, from the clean state at its first layer."""
     decoder = model.model
-    context = replace(clean.context, edit=intervention.edit(decoder.plan))
-    start = first_layer(intervention, decoder.plan)
-    state = clean.states[start]
-    for layer in range(start, decoder.config.num_hidden_layers):
-        state = decoder.step(state, layer, context)
-    return model.lm_head(decoder.finish(state, context))
+    context = replace(clean.context, edit=spec.edit(decoder.plan, materials))
+    start = first_layer(spec, decoder.plan)
+    return _onward(model, clean.states[start], start, context)
+
+
+def run_rows(
+    model: Qwen3AttnResForCausalLM, clean: Clean, specs: Sequence[Spec], materials: Materials = NOTHING
+) -> list[Effects]:
+    """Effects of several interventions with the same first layer in one pass, each on its own rows.
+
+    The clean run goes along as the first rows, because effects are differences on the same path.
+    """
+    plan, (start, *others) = model.model.plan, {first_layer(spec, model.model.plan) for spec in specs}
+    assert not others
+    labels, count = clean.readout.labels, len(specs) + 1
+    state = _repeated(clean.states[start], count)
+    edit = RowsEdit([CLEAN, *(spec.edit(plan, materials) for spec in specs)], len(labels))
+    context = model.model.context(state.finished[0], edit=edit)
+    first, *rest = _onward(model, state, start, context).split(len(labels))
+    readout = CleanReadout.of(first, labels)
+    return [readout.compare(logits) for logits in rest]
+
+
+def _onward(model: Qwen3AttnResForCausalLM, state: DepthState, start: int, context: Context) -> Tensor:
+    for layer in range(start, model.model.config.num_hidden_layers):
+        state = model.model.step(state, layer, context)
+    return model.lm_head(model.model.finish(state, context))
+
+
+def _repeated(state: DepthState, count: int) -> DepthState:
+    """The state of a batch that holds these windows `count` times over."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.repeat(count, *[1] * (tensor.ndim - 1))
+
+    block = state.prepared
+    if block is not None:
+        block = PreparedBlock(tuple(map(rows, block.mixed)), rows(block.logits), rows(block.lse))
+    current, update = (None if tensor is None else rows(tensor) for tensor in (state.current, state.update))
+    return DepthState(tuple(map(rows, state.finished)), current, update, block)
 
 
 def batches(windows: ProbeWindows, batch_size: int) -> Iterator[slice]:
@@ -113,86 +265,272 @@ def batches(windows: ProbeWindows, batch_size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + batch_size, len(windows)))
 
 
+def slices(plan: DepthPlan, specs: Sequence[Spec]) -> tuple[Cell, ...]:
+    """The cells whose mass is measured: the standard grid's, and those of the interventions."""
+    wanted = [*grid(plan), *(part.cell(plan) for spec in specs for part in spec.parts)]
+    return tuple(dict.fromkeys(cell for cell in wanted if cell.eligible and cell.family in FAMILIES))
+
+
 @torch.no_grad()
+def run_pilot(subject: Subject, specs: Sequence[Spec], execution: Execution) -> bool:
+    """Clean runs of the pilot split, kept as parts; `pilot_of` reads them.
+
+    Returns:
+        Whether all of this process's batches were done, rather than a stop asked for.
+    """
+    for split, number, part in execution.mine():
+        if split == "pilot" and not _observed(subject, execution, split, number):
+            if execution.stopping():
+                return False
+            _clean_batch(subject, specs, execution, split, number, part, [])
+    return True
+
+
+def pilot_of(subject: Subject, execution: Execution) -> Pilot | None:
+    """What the pilot split says about a model; None where there is no such split."""
+    if "pilot" not in execution.windows:
+        return None
+    kept = _kept(subject, execution, ["pilot"])
+    return Pilot.of(kept["mass"], _routing_means(kept["routing"]))
+
+
+@torch.no_grad()
+def run_cells(subject: Subject, specs: Sequence[Spec], pilot: Pilot | None, execution: Execution) -> bool:
+    """Effects of every intervention on this process's batches, from what is not yet kept as parts.
+
+    Args:
+        subject: the model.
+        specs: those that are eligible in it.
+        pilot: of this model.
+        execution: how.
+
+    Returns:
+        Whether all was done, rather than a stop asked for.
+
+    Raises:
+        NumericsError: where an effect is not finite, naming the cell.
+    """
+    parts, plan = execution.parts, subject.plan
+    for split, number, part in execution.mine():
+        key = Key(subject.name, split, number, "effects")
+        finished = parts.cells(key)
+        todo = [spec for spec in specs if spec.id not in finished]
+        execution.progress(len(specs) - len(todo))
+        if not todo and _observed(subject, execution, split, number):
+            continue
+        if execution.stopping():
+            return False
+        starts = sorted({first_layer(spec, plan) for spec in todo})
+        clean = _clean_batch(subject, specs, execution, split, number, part, starts)
+        materials = _materials(subject, todo, pilot, execution, split, part)
+        windows = execution.windows[split]
+        identity = {"window": windows.window_ids[part].numpy(), "document": windows.document_ids[part].numpy()}
+        found: list[pd.DataFrame] = []
+        written = time.monotonic()
+        for group in _passes(subject, specs, execution, clean):
+            if finished.issuperset(spec.id for spec in group):
+                continue
+            for spec, measured in zip(group, _effects(subject, clean, group, materials), strict=True):
+                values = {name: value.cpu().numpy() for name, value in measured._asdict().items()}
+                if not all(np.isfinite(value).all() for value in values.values()):
+                    raise NumericsError(
+                        f"{subject.name}: {spec.id} gives a value that is not finite; check the checkpoint"
+                    )
+                found.append(pd.DataFrame(identity | {"cell": spec.id} | values))
+            execution.progress(len(group))
+            stopping = execution.stopping()
+            if stopping or time.monotonic() - written > _SECONDS_BETWEEN_PARTS:
+                parts.put(key, pd.concat(found, ignore_index=True))
+                found, written = [], time.monotonic()
+            if stopping:
+                return False
+        if found:
+            parts.put(key, pd.concat(found, ignore_index=True))
+    return True
+
+
+def tables_of(subject: Subject, specs: Sequence[Spec], execution: Execution) -> Tables:
+    """The tables of a finished walk, from its parts.
+
+    Raises:
+        StorageError: where a part is missing, because it was damaged after it was written.
+    """
+    kept = _kept(subject, execution, list(execution.windows))
+    cells = {spec.id: spec for spec in specs}
+    order = {name: place for place, name in enumerate(cells)}
+    found = []
+    for split, number, _ in execution.batches():
+        table = execution.parts.read(Key(subject.name, split, number, "effects"))
+        if set(table["cell"] if len(table) else ()) != set(cells):
+            raise _damaged(subject, split, number)
+        if len(table):
+            table = table.sort_values("cell", key=lambda column: column.map(order), kind="stable")
+            found.append(table.assign(model=subject.name, split=split))
+    effects = pd.concat(found, ignore_index=True) if found else _empty_effects()
+    coordinates = {name: _coordinates(spec, subject.plan) for name, spec in cells.items()}
+    for column in ("intervention", "family", "sublayer", "band"):
+        effects[column] = effects["cell"].map({name: where[column] for name, where in coordinates.items()})
+    confirm = {name: table[table["split"] == "confirm"].reset_index(drop=True) for name, table in kept.items()}
+    return Tables(
+        effects[list(_empty_effects().columns)],
+        kept["mass"],
+        _routing_table(subject, _routing_means(confirm["routing"])),
+        confirm["clean"],
+    )
+
+
 def run_grid(
     subject: Subject,
-    interventions: Sequence[Intervention],
-    windows: dict[Split, ProbeWindows],
+    interventions: Sequence[Spec],
+    windows: Mapping[Split, ProbeWindows],
     batch_size: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] = lambda done: None,
+    seed: int = 0,
+    cells_per_pass: int | None = None,
 ) -> Tables:
-    """Effects of every intervention on every window, with mass and routing from the clean runs.
+    """Effects of every intervention on every window, with mass and routing from the clean runs: in memory, at one go.
 
     Args:
         subject: the model.
         interventions: those whose cell is eligible in it.
         windows: per split.
-        batch_size: windows a forward pass; bounds memory, which does not grow with the number of cells.
+        batch_size: windows a forward pass.
         progress: called with the number of interventions finished on a batch.
+        seed, cells_per_pass: see `Execution`.
 
     Raises:
         NumericsError: where an effect is not finite, naming the cell.
+        ValueError: where an intervention cannot be carried out on these windows.
     """
-    model, plan = subject.model, subject.plan
-    device = model.lm_head.weight.device
-    starts = sorted({first_layer(item, plan) for item in interventions})
-    effects: list[pd.DataFrame] = []
-    masses: list[pd.DataFrame] = []
-    cleans: list[pd.DataFrame] = []
-    routing = _RoutingMeans(subject)
-    for split, drawn in windows.items():
-        for part in batches(drawn, batch_size):
-            observer = _MassObserver(plan)
+    execution = Execution(windows, batch_size, seed, cells_per_pass, progress=progress)
+    run_pilot(subject, interventions, execution)
+    pilot = pilot_of(subject, execution)
+    for spec in interventions:
+        if reason := unavailable(spec, subject.plan, pilot, windows.get("pilot")):
+            raise ValueError(f"{spec.id} in {subject.name}: {reason}; leave it out")
+    run_cells(subject, interventions, pilot, execution)
+    return tables_of(subject, interventions, execution)
 
-            def observe(trace: Trace, observer: "_MassObserver" = observer, split: Split = split) -> None:
-                observer(trace)
-                if split == "confirm":
-                    routing(trace)
 
-            ids, labels = drawn.input_ids[part].to(device), drawn.labels[part].to(device)
-            clean = run_clean(model, ids, labels, starts, observe)
-            identity: dict[str, Any] = {
-                "model": subject.name,
-                "window": drawn.window_ids[part].numpy(),
-                "document": drawn.document_ids[part].numpy(),
-                "split": split,
-            }
-            masses.append(observer.table(identity))
-            if split == "confirm":
-                cleans.append(pd.DataFrame(identity | {"nll": clean.readout.nll.mean(-1).cpu().numpy()}))
-            for item in interventions:
-                measured = clean.readout.compare(run_edited(model, clean, item))
-                values = {name: value.cpu().numpy() for name, value in measured._asdict().items()}
-                if not all(pd.notna(value).all() for value in values.values()):
-                    raise NumericsError(
-                        f"{subject.name}: {item.id} gives a value that is not finite; check the checkpoint"
-                    )
-                cell = {"cell": item.id, "intervention": item.kind, "family": item.family}
-                place = {"sublayer": item.sublayer, "band": item.band}
-                effects.append(pd.DataFrame(identity | cell | place | values))
-                progress(1)
-    return Tables(
-        pd.concat(effects, ignore_index=True) if effects else _empty_effects(),
-        pd.concat(masses, ignore_index=True),
-        routing.table(),
-        pd.concat(cleans, ignore_index=True),
+def _clean_batch(
+    subject: Subject,
+    specs: Sequence[Spec],
+    execution: Execution,
+    split: Split,
+    number: int,
+    part: slice,
+    starts: Sequence[int],
+) -> Clean:
+    """The clean run of a batch; what it says about mass and routing is kept if it is not yet."""
+    windows, device = execution.windows[split], subject.model.lm_head.weight.device
+    ids, labels = windows.input_ids[part].to(device), windows.labels[part].to(device)
+    if _observed(subject, execution, split, number):
+        return run_clean(subject.model, ids, labels, starts)
+    mass, routing = _MassObserver(subject.plan, slices(subject.plan, specs)), _RoutingSums()
+
+    def observe(trace: Trace) -> None:
+        mass(trace)
+        routing(trace)
+
+    clean = run_clean(subject.model, ids, labels, starts, observe)
+    identity: dict[str, Any] = {
+        "model": subject.name,
+        "window": windows.window_ids[part].numpy(),
+        "document": windows.document_ids[part].numpy(),
+        "split": split,
+    }
+    nll = pd.DataFrame(identity | {"nll": clean.readout.nll.mean(-1).cpu().numpy()})
+    observed = {"mass": mass.table(identity), "routing": routing.table(split), "clean": nll}
+    for kind in OBSERVED:
+        execution.parts.put(Key(subject.name, split, number, kind), observed[kind])
+    return clean
+
+
+def _observed(subject: Subject, execution: Execution, split: str, number: int) -> bool:
+    """Whether everything that the clean run of a batch says is kept."""
+    return all(execution.parts.has(Key(subject.name, split, number, kind)) for kind in OBSERVED)
+
+
+def _materials(
+    subject: Subject, specs: Sequence[Spec], pilot: Pilot | None, execution: Execution, split: Split, part: slice
+) -> Materials:
+    """What these interventions borrow for a batch: one clean run of its donors, if any of them needs one."""
+    plan, windows, device = subject.plan, execution.windows[split], subject.model.lm_head.weight.device
+    weights: dict[int, Tensor] = {}
+    sources: dict[int, tuple[Tensor, ...]] = {}
+    if borrowed := reads_of(specs, plan, DONOR_KINDS):
+        chosen = donors(windows, split, execution.windows["pilot"], execution.seed)[part]
+
+        def keep(trace: Trace) -> None:
+            if trace.site.read in borrowed:
+                weights[trace.site.read], sources[trace.site.read] = trace.log_weights, trace.sources
+
+        _through(subject.model, execution.windows["pilot"].input_ids[chosen].to(device), [], keep)
+    length, ids = windows.input_ids.shape[1], windows.window_ids[part].tolist()
+    drawn = {
+        read: noise(ids, split, read, length, plan.reads[read].num_sources, execution.seed).to(device)
+        for read in reads_of(specs, plan, ["matched"])
+    }
+    return Materials({} if pilot is None else pilot.mean, weights, sources, drawn)
+
+
+def _passes(subject: Subject, specs: Sequence[Spec], execution: Execution, clean: Clean) -> Iterator[Sequence[Spec]]:
+    """Interventions that share a forward pass: those that start at the same layer, a few at a time."""
+    size = execution.cells_per_pass
+    if size is None:
+        tokens = min(_MOST_TOKENS, _MOST_LOGITS // (4 * clean.logits.shape[-1])) // clean.readout.labels.numel()
+        size = max(1, tokens - 1) if clean.logits.is_cuda else 1
+    by_layer: dict[int, list[Spec]] = {}
+    for spec in specs:
+        by_layer.setdefault(first_layer(spec, subject.plan), []).append(spec)
+    for group in by_layer.values() if size > 1 else [list(specs)]:
+        for begin in range(0, len(group), size):
+            yield group[begin : begin + size]
+
+
+def _effects(subject: Subject, clean: Clean, group: Sequence[Spec], materials: Materials) -> list[Effects]:
+    if len(group) == 1:
+        return [clean.readout.compare(run_edited(subject.model, clean, group[0], materials))]
+    return run_rows(subject.model, clean, group, materials)
+
+
+def _kept(subject: Subject, execution: Execution, splits: Sequence[Split]) -> dict[str, pd.DataFrame]:
+    """The parts of the clean runs of some splits, in the order of the batches."""
+    found: dict[str, list[pd.DataFrame]] = {kind: [] for kind in OBSERVED}
+    for split, number, _ in execution.batches():
+        for kind, tables in found.items() if split in splits else ():
+            key = Key(subject.name, split, number, kind)
+            if not execution.parts.has(key):
+                raise _damaged(subject, split, number)
+            tables.append(execution.parts.last(key))
+    return {kind: pd.concat(tables, ignore_index=True) for kind, tables in found.items()}
+
+
+def _damaged(subject: Subject, split: str, number: int) -> StorageError:
+    return StorageError(
+        f"{subject.name}: batch {number} of split {split} was measured and cannot be read again; run the same command"
     )
 
 
+def _coordinates(spec: Spec, plan: DepthPlan) -> dict[str, str]:
+    cell = spec.cell(plan)
+    return {"intervention": spec.what, "family": cell.family, "sublayer": cell.sublayer, "band": cell.band}
+
+
 def _empty_effects() -> pd.DataFrame:
-    text = ["model", "split", "cell", "intervention", "family", "sublayer", "band"]
-    columns = {name: pd.Series(dtype=object) for name in text}
-    columns |= {name: pd.Series(dtype="int64") for name in ("window", "document")}
-    return pd.DataFrame(columns | {name: pd.Series(dtype="float32") for name in ("dnll", "kl", "flips")})
+    columns = {"model": object, "window": "int64", "document": "int64", "split": object, "cell": object}
+    columns |= dict.fromkeys(("intervention", "family", "sublayer", "band"), object)
+    columns |= dict.fromkeys(("dnll", "kl", "flips"), "float32")
+    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
 
 
 class _MassObserver:
     """Collects mass over the eligible reads of every slice while a clean run goes by."""
 
-    def __init__(self, plan: DepthPlan) -> None:
-        self._cells: list[Cell] = [cell for cell in grid(plan) if cell.eligible]
+    def __init__(self, plan: DepthPlan, cells: Sequence[Cell]) -> None:
+        self._cells = cells
         self._by_read: dict[int, list[Cell]] = {}
-        for cell in self._cells:
+        for cell in cells:
             for read in cell.reads:
                 self._by_read.setdefault(read, []).append(cell)
         self._sums: dict[Cell, Tensor] = {}
@@ -202,7 +540,7 @@ class _MassObserver:
         cells = self._by_read.get(trace.site.read, [])
         if not cells:
             return
-        found = measure_mass(trace, tuple(cell.family for cell in cells))
+        found = measure_mass(trace, tuple(dict.fromkeys(cell.family for cell in cells)))
         for cell in cells:
             values = torch.stack(list(found[cell.family]), dim=-1)
             self._sums[cell] = self._sums.get(cell, torch.zeros_like(values)) + values
@@ -227,69 +565,84 @@ class _MassObserver:
         return pd.concat(rows, ignore_index=True)
 
 
-class _RoutingMeans:
-    """Mean routing weights per read and source, over everything observed."""
+class _RoutingSums:
+    """Sums of routing weights per read and source, over everything observed."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-        self._sums: dict[int, Tensor] = {}
-        self._counts: dict[int, int] = {}
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[Tensor, int]] = {}
 
     def __call__(self, trace: Trace) -> None:
         weights = torch.exp(trace.log_weights).flatten(0, -2).double()
-        read = trace.site.read
-        self._sums[read] = self._sums.get(read, 0) + weights.sum(0)
-        self._counts[read] = self._counts.get(read, 0) + weights.shape[0]
+        self._sums[trace.site.read] = (weights.sum(0), weights.shape[0])
 
-    def table(self) -> pd.DataFrame:
-        subject, rows = self._subject, []
-        for read in subject.plan.reads:
-            if read.index not in self._sums:
-                continue
-            means = (self._sums[read.index] / self._counts[read.index]).tolist()
-            expected: Sequence[float] = [float("nan")] * read.num_sources
-            if subject.schedule is not None:
-                expected = schedule_weights(read.num_sources, subject.schedule, subject.recency_bias)
-            for source, (weight, analytic) in enumerate(zip(means, expected, strict=True)):
-                rows.append(
-                    {
-                        "model": subject.name,
-                        "read": read.index,
-                        "layer": read.layer,
-                        "sublayer": read.sublayer,
-                        "source": source,
-                        "num_sources": read.num_sources,
-                        "weight": weight,
-                        "analytic": analytic,
-                        "role": family_of(source, read.num_sources),
-                        "holds": str(read.sources[source]),
-                    }
-                )
+    def table(self, split: str) -> pd.DataFrame:
+        rows = [
+            {"split": split, "read": read, "source": source, "total": total, "count": count}
+            for read, (totals, count) in self._sums.items()
+            for source, total in enumerate(totals.tolist())
+        ]
         return pd.DataFrame(rows)
 
 
-def eligibility_table(subject: Subject, interventions: Sequence[Intervention]) -> pd.DataFrame:
-    """One row per candidate cell: eligible or why not, from the depth plan alone.
+def _routing_means(sums: pd.DataFrame) -> pd.DataFrame:
+    """Mean weight per read and source, from the sums of batches."""
+    totals = sums.groupby(["read", "source"])[["total", "count"]].sum().reset_index()
+    return totals.assign(weight=totals["total"] / totals["count"])
+
+
+def _routing_table(subject: Subject, means: pd.DataFrame) -> pd.DataFrame:
+    """One row per read and source, with its role, and the weight that a schedule prescribes."""
+    rows = []
+    for index, weights in means.groupby("read"):
+        read = subject.plan.reads[int(index)]
+        expected: Sequence[float] = [float("nan")] * read.num_sources
+        if subject.schedule is not None:
+            expected = schedule_weights(read.num_sources, subject.schedule, subject.recency_bias)
+        for source, (weight, analytic) in enumerate(zip(weights["weight"].tolist(), expected, strict=True)):
+            rows.append(
+                {
+                    "model": subject.name,
+                    "read": read.index,
+                    "layer": read.layer,
+                    "sublayer": read.sublayer,
+                    "source": source,
+                    "num_sources": read.num_sources,
+                    "weight": weight,
+                    "analytic": analytic,
+                    "role": family_of(source, read.num_sources),
+                    "holds": str(read.sources[source]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def eligibility_table(
+    subject: Subject,
+    interventions: Sequence[Spec],
+    pilot: Pilot | None = None,
+    pilot_windows: ProbeWindows | None = None,
+) -> pd.DataFrame:
+    """One row per candidate cell: eligible or why not.
+
+    The depth plan alone decides for most kinds; what borrows from the pilot split needs it, and the control `matched`
+    a family that does not hold most of the mass there.
 
     Args:
         subject: the model.
         interventions: every candidate, the ineligible ones too.
+        pilot: of this model; None where there is no pilot split.
+        pilot_windows: of the pilot split.
     """
-    slices = {(cell.family, cell.sublayer, cell.band): cell for cell in grid(subject.plan)}
     rows = []
-    for item in interventions:
-        assert item.family is not None
-        cell = slices[item.family, item.sublayer, item.band]
+    for spec in interventions:
+        cell = spec.cell(subject.plan)
+        reason = cell.reason or unavailable(spec, subject.plan, pilot, pilot_windows)
         rows.append(
-            {
-                "model": subject.name,
-                "intervention": item.kind,
-                "cell": item.id,
-                "family": cell.family,
-                "sublayer": cell.sublayer,
-                "band": cell.band,
-                "eligible": cell.eligible,
-                "reason": cell.reason,
+            {"model": subject.name, "cell": spec.id}
+            | _coordinates(spec, subject.plan)
+            | {
+                "eligible": not reason,
+                "reason": reason,
                 "eligible_reads": len(cell.reads),
                 "reads": cell.candidates,
                 "mean_sources": cell.mean_sources,

@@ -242,7 +242,9 @@ def _with_mass(grid: pd.DataFrame, mass: pd.DataFrame, config: StatisticsConfig,
         summary["mass_lo"], summary["mass_hi"] = _interval(means["mass"].to_numpy(), config)
         summary = summary.reset_index()
     grid = grid.merge(summary, how="left", on=["model", *SLICE])
-    lacking = grid[grid["eligible"] & grid["mass"].isna()]
+    # What is done to a whole read, or to several slices at once, has no mass of its own.
+    of_family = (grid["family"] != "read") & ~grid["intervention"].str.contains("+", regex=False)
+    lacking = grid[grid["eligible"] & of_family & grid["mass"].isna()]
     if len(lacking):
         row = lacking.iloc[0]
         raise ValueError(
