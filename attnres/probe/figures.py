@@ -1,14 +1,12 @@
-"""Figures of the probe's report: a table in, a matplotlib `Figure` out, nothing else touched.
+"""Figures of routing: where each read looks, and a baseline's weights on their analytic line.
 
-Each function is pure: it reads a data frame in the shape that the probe writes, draws, and returns. No model,
-no pyplot state, no clock. `plotting.to_svg` turns a figure into the same text every time. Effects are in
-nats/token. Here: routing, schedules and the effect map of one model; `figures_cells` compares cells.
+Like every figure of the report, each function is pure: a data frame in the shape that the probe writes in, a
+matplotlib `Figure` out, nothing else touched. No model, no pyplot state, no clock. `plotting.to_svg` turns a figure
+into the same text every time.
 """
 
-import textwrap
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,21 +15,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from attnres.probe.plotting import (
-    BANDS,
-    FAMILIES,
     GREY,
     INK,
     PALE,
     SERIES,
     SUBLAYER_NAMES,
     SUBLAYERS,
-    effect_bar,
-    effect_norm,
     label,
-    luminance,
     need,
-    number,
-    ordered,
     plain,
     styled,
 )
@@ -188,7 +179,7 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
         ha="right",
         va="bottom",
         fontsize=7,
-        color=SERIES[1][0],
+        color=INK,
         xytext=(0, 1.5),
         textcoords="offset points",
     )
@@ -199,128 +190,4 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_xlabel("read (0 is the first attention read)")
     bottom.set_ylabel("largest\n|measured − analytic|")
-    return figure
-
-
-@styled
-def effect_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> Figure:
-    """Family x band x sublayer map of dNLL: estimate, confidence interval and verdict in each cell.
-
-    Excluded cells are grey, hatched, and carry their reason.
-
-    Args:
-        cells: rows of one model and one intervention, as in cells.csv.
-        title: name of the model.
-        limit: end of the colour scale in nats/token; give every model the same.
-        margin: equivalence margin in nats/token; the colour scale is linear inside it.
-    """
-    need(
-        cells,
-        ("family", "sublayer", "band", "eligible", "reason", "dnll", "dnll_lo", "dnll_hi", "verdict"),
-        "effect map",
-    )
-    families = ordered(cells["family"], FAMILIES)
-    sublayers, bands = ordered(cells["sublayer"], SUBLAYERS), ordered(cells["band"], BANDS)
-    columns = [(s, b) for s in sublayers for b in bands]
-    wordy = len(columns) <= 9
-    cell_width = 1.06 if wordy else max(0.16, 6.6 / len(columns))
-    figure = Figure(figsize=(1.75 + cell_width * len(columns), 0.95 + 0.52 * len(families)), layout="constrained")
-    axis = figure.subplots()
-    norm, colours = effect_norm(limit, margin), matplotlib.colormaps["RdBu_r"]
-    found = {(r["family"], r["sublayer"], r["band"]): r for r in cells.to_dict("records")}
-    place = {c: k + 0.15 * sublayers.index(c[0]) for k, c in enumerate(columns)}
-    for row, family in enumerate(families):
-        for column in columns:
-            record = found.get((family, *column))
-            if record is None:
-                continue
-            x = place[column]
-            box: dict[str, Any] = {"edgecolor": "white", "linewidth": 1.2}
-            if not record["eligible"]:
-                axis.add_patch(Rectangle((x, row), 1, 1, facecolor=PALE, **box))
-                axis.add_patch(
-                    Rectangle(
-                        (x + 0.02, row + 0.03),
-                        0.96,
-                        0.94,
-                        fill=False,
-                        hatch="////",
-                        edgecolor="#d2d2d2",
-                        linewidth=0,
-                    )
-                )
-                if wordy:
-                    why = textwrap.wrap(textwrap.shorten(label(record["reason"], 90), 60, placeholder=" …"), 19)
-                    axis.text(
-                        x + 0.5,
-                        row + 0.5,
-                        "\n".join(["excluded:", *why[:3]]),
-                        ha="center",
-                        va="center",
-                        fontsize=5.8,
-                        color="#444444",
-                        linespacing=1.15,
-                        in_layout=False,
-                    )
-                continue
-            value = float(record["dnll"])
-            face = colours(norm(value)) if np.isfinite(value) else PALE
-            axis.add_patch(Rectangle((x, row), 1, 1, facecolor=face, **box))
-            ink = "white" if luminance(face) < 0.28 else INK
-            if wordy:
-                span = f"[{number(float(record['dnll_lo']))}, {number(float(record['dnll_hi']))}]"
-                axis.text(
-                    x + 0.5,
-                    row + 0.27,
-                    number(value),
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=8.5,
-                    fontweight="bold",
-                    in_layout=False,
-                )
-                axis.text(
-                    x + 0.5,
-                    row + 0.54,
-                    span,
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=6.2,
-                    in_layout=False,
-                )
-                axis.text(
-                    x + 0.5,
-                    row + 0.79,
-                    label(record["verdict"], 14),
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=6.6,
-                    fontstyle="italic",
-                    in_layout=False,
-                )
-    end = place[columns[-1]] + 1 if columns else 1
-    axis.set_xlim(0, end)
-    axis.set_ylim(len(families), 0)
-    axis.set_yticks([k + 0.5 for k in range(len(families))], [label(f, 14) for f in families])
-    axis.set_xticks([place[c] + 0.5 for c in columns], [label(c[1], 10) for c in columns], rotation=0 if wordy else 90)
-    axis.xaxis.tick_top()
-    axis.tick_params(length=0)
-    axis.spines[["left", "bottom"]].set_visible(False)
-    for sublayer in sublayers:
-        middle = np.mean([place[c] + 0.5 for c in columns if c[0] == sublayer])
-        axis.annotate(
-            label(SUBLAYER_NAMES.get(sublayer, sublayer), 16),
-            (float(middle), 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 19 if wordy else 44),
-            fontsize=8.5,
-            textcoords="offset points",
-            ha="center",
-            fontweight="bold",
-        )
-    figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
-    effect_bar(figure, axis, norm, margin)
     return figure

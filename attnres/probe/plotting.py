@@ -1,7 +1,7 @@
 """What the figures of the probe share: house style, names, number formats, the scale of effects, SVG output.
 
-Colours: viridis for weights, a blue-red map that colour-blind readers can tell apart for signed effects,
-Okabe-Ito for categories; a shape, a fill or a word repeats whatever a colour says.
+Colours: viridis for weights, a blue-red map that colour-blind readers can tell apart for signed effects, dark ones
+in the manner of Okabe and Ito for categories; a shape, a fill or a word repeats whatever a colour says.
 """
 
 import functools
@@ -24,19 +24,28 @@ from attnres.errors import DataError
 FAMILIES = ("embedding", "older", "recent", "current")
 SUBLAYERS = ("attn", "mlp")
 BANDS = ("early", "mid", "late")
-SUBLAYER_NAMES = {"attn": "attention", "mlp": "MLP", "final": "final read"}
+SUBLAYER_NAMES = {"attn": "attention", "mlp": "MLP", "final": "final read", "": "single reads"}
 
-INK, GREY, PALE = "#1b1b1b", "#6b6b6b", "#e9e9e9"
-FAMILY_COLOURS = {"embedding": "#0072B2", "older": "#E69F00", "recent": "#009E73", "current": "#D55E00"}
+INK, GREY, PALE = "#1b1b1b", "#636363", "#e9e9e9"
+BAND_COLOUR = "#56B4E9"  # of the equivalence band; nothing is told by it alone
+# Each has 3:1 against white at least, and a marker of its own.
+FAMILY_COLOURS = {
+    "embedding": "#0072B2",
+    "older": "#882255",
+    "recent": "#008A64",
+    "current": "#D55E00",
+    "read": "#4d4d4d",
+}
+FAMILY_MARKERS = {"embedding": "o", "older": "s", "recent": "D", "current": "^", "read": "P"}
 SERIES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
-    ("#009E73", "D"),
-    ("#CC79A7", "^"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "P"),
+    ("#008A64", "D"),
+    ("#882255", "^"),
+    ("#8A6D00", "v"),
+    ("#4d4d4d", "P"),
 )
-SUBLAYER_MARKERS = {"attn": "o", "mlp": "s"}
+VERDICT_SIGNS = {"causal": "●", "null": "≡", "inconclusive": "○"}
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -68,6 +77,8 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "attnres",
 }
 _P = ParamSpec("_P")
+_PLACE = re.compile(r"(layer|block|read)(\d{1,6})")
+_DOSE = re.compile(r"scale:([0-9.eE+-]+)")
 
 
 def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
@@ -106,6 +117,41 @@ def ordered(values: Iterable[str], canonical: Sequence[str]) -> list[str]:
     """The distinct `values`, those of `canonical` first and in its order, the others as they came."""
     present = list(dict.fromkeys(values))
     return [v for v in canonical if v in present] + [v for v in present if v not in canonical]
+
+
+def place_kind(place: str) -> str:
+    """What a value of the column `band` names: `band`, `layer`, `block`, `read`, or `other`."""
+    found = _PLACE.fullmatch(place)
+    return found[1] if found else "band" if place in BANDS else "other"
+
+
+def place_tick(place: str) -> str:
+    """A place in a letter or a number: `E` for early, `7` for layer7."""
+    found = _PLACE.fullmatch(place)
+    return found[2] if found else label(place[:1].upper(), 1)
+
+
+def ordered_places(values: Iterable[str]) -> list[str]:
+    """The distinct places from the input to the output: bands, then layers, blocks and reads by their number."""
+    kinds = ("band", "other", "layer", "block", "read")
+
+    def depth(place: str) -> tuple[int, int]:
+        found = _PLACE.fullmatch(place)
+        return kinds.index(place_kind(place)), int(found[2]) if found else 0
+
+    return sorted(ordered(values, BANDS), key=depth)
+
+
+def dose(intervention: str) -> float | None:
+    """The factor x on a family's odds: of `scale:x`, and 0 of `mask`; None of any other intervention."""
+    if intervention == "mask":
+        return 0.0
+    found = _DOSE.fullmatch(intervention)
+    try:
+        value = float(found[1]) if found else float("nan")
+    except ValueError:
+        return None
+    return value if np.isfinite(value) and value >= 0 else None
 
 
 def number(value: float) -> str:
@@ -158,12 +204,12 @@ def effect_axis(axis: Axes, which: str, values: Iterable[float], margin: float) 
     part.set_minor_locator(NullLocator())
     part.set_major_formatter(FuncFormatter(plain))
     span = axis.axhspan if which == "y" else axis.axvspan
-    span(-margin, margin, color="#56B4E9", alpha=0.20, linewidth=0, zorder=0)
+    span(-margin, margin, color=BAND_COLOUR, alpha=0.20, linewidth=0, zorder=0)
     line = axis.axhline if which == "y" else axis.axvline
     line(0, color=GREY, linewidth=0.6, zorder=0.5)
 
 
-def effect_bar(figure: Figure, axis: Axes, norm: SymLogNorm, margin: float) -> None:
+def effect_bar(figure: Figure, axis: Axes | list[Axes], norm: SymLogNorm, margin: float) -> None:
     bar = figure.colorbar(ScalarMappable(norm, "RdBu_r"), ax=axis, aspect=18, pad=0.015, fraction=0.06)
     bar.set_ticks(decades(float(norm.vmax or 1.0), margin))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(plain))
@@ -178,3 +224,8 @@ def luminance(colour: Any) -> float:
     rgb: np.ndarray = np.asarray(to_rgb(colour), dtype=np.float64)
     linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return float(linear @ np.array([0.2126, 0.7152, 0.0722]))
+
+
+def ink_on(colour: Any) -> str:
+    """Black or white, whichever reads better on a colour: at least 4.5:1 on any."""
+    return "white" if luminance(colour) < 0.179 else "black"

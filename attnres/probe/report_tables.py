@@ -73,6 +73,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 _TEXT = frozenset({"model", "baseline", "cell", "intervention", *_CELL, "reason", "verdict", "role", "split"})
 _FLAGS = frozenset({"eligible", "appreciable"})
+_DISCOVERY = ("p_bh", "q_bh", "p_fdr")
 _LISTS = ("models", "checks", "claims", "dissociation", "spearman", "plan_notes")
 _OBJECTS = ("grid", "statistics", "recency", "provenance")
 _JSON_NAMES = {list: "list", dict: "JSON object"}
@@ -120,6 +121,26 @@ class Tables:
     def intervention(self) -> str:
         """The intervention that the figures over all models show: `mask` if it was run, else the first."""
         return "mask" if "mask" in self.interventions else self.interventions[0]
+
+    @property
+    def primary(self) -> pd.DataFrame:
+        """The cells of `intervention`."""
+        return self.cells[self.cells["intervention"] == self.intervention]
+
+    @property
+    def primary_contrasts(self) -> pd.DataFrame:
+        """The contrasts of `intervention`."""
+        return self.contrasts[self.contrasts["cell"].isin(self.primary["cell"])]
+
+    @property
+    def discovery_column(self) -> str:
+        """The column of p-values after Benjamini and Hochberg; empty where a run has none."""
+        return next((c for c in _DISCOVERY if c in self.cells and self.cells[c].notna().any()), "")
+
+    @property
+    def baselines(self) -> list[str]:
+        """Names of the models that the trained one is compared with."""
+        return [m for m in self.models if m != self.trained]
 
 
 def read_tables(folder: Path) -> Tables:

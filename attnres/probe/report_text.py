@@ -23,7 +23,13 @@ _DECIDED = {
 
 def cell_name(row: Mapping[str, Any]) -> str:
     """A cell in words: `embedding → early MLP`."""
-    return f"{row['family']} → {row['band']} {SUBLAYER_NAMES.get(row['sublayer'], row['sublayer'])}"
+    sublayer = SUBLAYER_NAMES.get(row["sublayer"], row["sublayer"]) if row["sublayer"] else ""
+    return f"{row['family']} → {row['band']} {sublayer}".strip()
+
+
+def visible(text: object) -> str:
+    """Text with nothing in it that a reader cannot see: control characters and marks of direction become spaces."""
+    return "".join(c if c.isprintable() or c in "\n\u00a0\u202f" else " " for c in str(text))
 
 
 def disagreements(contrasts: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
@@ -38,19 +44,9 @@ def disagreements(contrasts: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
 
 
 def headline(tables: Tables) -> list[str]:
-    """The verdict in plain sentences; where the baselines disagree, the first says so."""
+    """The verdict in plain sentences."""
     lines, trained = [], tables.trained
-    clashes = disagreements(tables.contrasts)
-    if clashes:
-        shared = tables.contrasts["cell"].nunique()
-        name, verdicts = clashes[0]
-        against = " and ".join(f"{_DECIDED[verdict]} {baseline}" for baseline, verdict in verdicts.items())
-        lines.append(
-            f"The baselines disagree on {len(clashes)} of {shared} cells: for example, the trained effect of "
-            f"{name} is {against}. What training added can only be read from a baseline that shares the "
-            f"trained model's source convention: {_same_convention(tables)}."
-        )
-    grid = tables.cells[(tables.cells["model"] == trained) & (tables.cells["intervention"] == tables.intervention)]
+    grid = tables.primary[tables.primary["model"] == trained]
     eligible = grid[grid["eligible"]]
     count = eligible["verdict"].value_counts()
     outcome = ", ".join(f"{count.get(v, 0)} {v}" for v in ("causal", "null", "inconclusive"))
@@ -60,7 +56,7 @@ def headline(tables: Tables) -> list[str]:
         size = f"{nats(top['dnll'])} nats/token [{interval(top, 'dnll')}]"
         text += f" The largest effect is {size}, {cell_name(top)}."
     lines.append(text)
-    for baseline, rows in tables.contrasts.groupby("baseline", sort=False):
+    for baseline, rows in tables.primary_contrasts.groupby("baseline", sort=False):
         count = rows["verdict"].value_counts()
         lines.append(
             f"Against {baseline}, over {len(rows)} cells eligible in both: the trained effect is larger in "
@@ -85,6 +81,12 @@ def headline(tables: Tables) -> list[str]:
     return lines
 
 
+def against(claim: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A claim's verdict against each baseline: empty where a claim has none, or a run is older than these."""
+    found = claim.get("against")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _same_convention(tables: Tables) -> str:
     """The baselines that see the sources as the trained model does, in words."""
     seen = {m.get("name"): m.get("convention") for m in tables.summary["models"]}
@@ -95,8 +97,20 @@ def _same_convention(tables: Tables) -> str:
 
 
 def warnings(tables: Tables) -> list[str]:
-    """What a reader must know before any number: a partial grid, a failed check, an unverified checkpoint."""
+    """What a reader must know before any number: baselines that disagree, a partial grid, a failed check, an
+    unverified checkpoint.
+    """
     summary, found = tables.summary, []
+    clashes = disagreements(tables.contrasts)
+    if clashes:
+        shared = tables.contrasts["cell"].nunique()
+        name, verdicts = clashes[0]
+        against = " and ".join(f"{_DECIDED[verdict]} {baseline}" for baseline, verdict in verdicts.items())
+        found.append(
+            f"The baselines disagree on {len(clashes)} of {shared} cells: for example, the trained effect of "
+            f"{name} is {against}. What training added can only be read from a baseline that shares the "
+            f"trained model's source convention: {_same_convention(tables)}."
+        )
     grid = summary.get("grid", {})
     if grid and not grid.get("complete", True):
         families = ", ".join(map(str, grid.get("families", []))) or "not stated"
@@ -163,13 +177,12 @@ def slug(text: object) -> str:
 
 def markdown(text: object) -> str:
     """Text for report.md: one line, no control characters (terminals obey them), no markup."""
-    clean = "".join(c if c.isprintable() else " " for c in str(text))
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(clean.split()))
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(visible(text).split()))
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table whose columns line up in a terminal."""
-    grid = [list(headings)] + [[markdown(v) for v in row] for row in rows]
+    grid = [[markdown(v) for v in row] for row in (headings, *rows)]
     widths = [max(3, *(len(row[k]) for row in grid)) for k in range(len(headings))]
     lines = ["| " + " | ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)) + " |" for row in grid]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
