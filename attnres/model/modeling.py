@@ -243,6 +243,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         use_cache: bool | None = None,
         output_routing: bool = False,
         edit: Edit | None = None,
+        observe: Observer | None = None,
         **kwargs: Any,
     ) -> AttnResModelOutput:
         """See `Qwen3AttnResForCausalLM.forward`."""
@@ -261,7 +262,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             routing.append(torch.exp(trace.log_weights))
 
         state = self.embed(inputs_embeds)
-        observe = record if output_routing else None
+        observe = record if output_routing else observe
         context = self.context(inputs_embeds, attention_mask, position_ids, past_key_values, edit, observe, **kwargs)
         for layer in range(self.config.num_hidden_layers):
             state = self.step(state, layer, context)
@@ -310,6 +311,8 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             output_routing: add `routing`, one `[B, T, S_j]` fp32 tensor per read, oldest source first.
             edit: an intervention on routing; see `attnres.model.state.Edit`.
+            kwargs: for the decoder: `observe`, which is called with a `Trace` of every read (not with
+                `output_routing`), and arguments of the attention function.
         """
         outputs = self.model(
             input_ids=input_ids,

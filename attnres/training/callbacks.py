@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +20,12 @@ from attnres.model.plan import DepthPlan
 from attnres.run_folder import CHECKPOINTS, step_name
 from attnres.training.checkpoint import prune
 from attnres.training.config import TrainerConfig
-from attnres.training.evaluation import routing_metrics, validation_loss
+from attnres.training.evaluation import routing_metrics, routing_slices, validation_loss
+from attnres.training.flops import peak_flops
 from attnres.training.module import CausalLMModule
 from attnres.training.ranks import Peers, launched_by_lightning
+from attnres.training.schedule import CheckpointSchedule, due
+from attnres.training.telemetry import Clock, SpikeDetector, peak_memory_gib
 
 log = logging.getLogger(__name__)
 
@@ -83,62 +85,6 @@ class StopSignals:
         os.close(read)
 
 
-class Clock:
-    """Tokens per second, share of the time spent waiting for data, and time left.
-
-    The rate counts time in training steps and data waits, not in validation or saving; the time left counts
-    all of it.
-    """
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-        self._steps = 0
-        self._first_step = self._mark
-        self._reset()
-
-    def _reset(self) -> None:
-        self._tokens = 0
-        self._busy = self._wait = 0.0
-
-    def batch_start(self) -> None:
-        now = time.perf_counter()
-        self._wait += now - self._mark
-        self._mark = now
-
-    def batch_end(self) -> None:
-        now = time.perf_counter()
-        self._busy += now - self._mark
-        self._mark = now
-
-    def step_end(self, tokens: int) -> None:
-        self._tokens += tokens
-        self._steps += 1
-
-    def duties_end(self) -> None:
-        """After validation, logging and saving: their time is nobody's wait."""
-        self._mark = time.perf_counter()
-        if self._steps == 1:
-            # The first step carries compilation and warm-up and would spoil the estimate.
-            self._first_step = self._mark
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self._tokens / max(self._busy + self._wait, 1e-9)
-
-    def eta(self, steps_left: int) -> float:
-        """Seconds for `steps_left` more steps at the pace so far; NaN during the first two."""
-        if self._steps < 2:
-            return float("nan")
-        return steps_left * (time.perf_counter() - self._first_step) / (self._steps - 1)
-
-    def read(self) -> dict[str, float]:
-        """Rates since the last reading."""
-        total = max(self._busy + self._wait, 1e-9)
-        rates = {"tokens_per_second": self._tokens / total, "data_wait": self._wait / total}
-        self._reset()
-        return rates
-
-
 class ProgressLine:
     """One tqdm line on stderr: step, loss, lr, tokens/s, time left."""
 
@@ -176,6 +122,7 @@ class StepDuties(Callback):
 
     Args:
         plan: depth plan of a model that routes; None for one that does not.
+        flops_per_token: of training, for MFU.
     """
 
     def __init__(
@@ -186,13 +133,17 @@ class StepDuties(Callback):
         signals: StopSignals,
         peers: Peers,
         plan: DepthPlan | None,
+        flops_per_token: float,
     ) -> None:
         self.config = config
+        self.schedule = CheckpointSchedule.of(config)
         self.name = name
         self.folder = folder
         self.signals = signals
         self.peers = peers
         self.plan = plan
+        self.flops_per_token = flops_per_token
+        self._spikes = SpikeDetector()
         self.started = False
         self.stopped_at: int | None = None
         self._bar: ProgressLine | None = None
@@ -232,36 +183,65 @@ class StepDuties(Callback):
         stop = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
         bar.update(stats.loss, stats.lr, self._clock.tokens_per_second, self._clock.eta(config.max_steps - step))
 
+        self._look_for_spike(trainer, step, stats.loss)
+
         metrics: dict[str, Any] = {}
-        if last or _due(step, config.val_every_steps):
+        if last or due(step, config.val_every_steps):
             limit = config.val_batches * trainer.accumulate_grad_batches
             faults.point("train.validation")
             module.val_loss = validation_loss(trainer, module.model, self._validation, limit, module.loss)
             metrics["val_loss"] = module.val_loss
-        if self.plan is not None and config.routing_every_steps and (last or _due(step, config.routing_every_steps)):
-            metrics |= routing_metrics(trainer, module.model, self.plan, next(iter(self._validation)))
-        if metrics or last or _due(step, config.log_every_steps):
+        if self.plan is not None and config.routing_every_steps and (last or due(step, config.routing_every_steps)):
+            rows = routing_slices(trainer, module.model, self.plan, next(iter(self._validation)))
+            metrics |= routing_metrics(rows)
+            for logger in trainer.loggers:
+                logger.log_table("routing", [{"tokens": module.tokens_seen} | row for row in rows], step)  # type: ignore[attr-defined]
+        if metrics or last or due(step, config.log_every_steps):
             row = {
                 "tokens": module.tokens_seen,
                 "loss": stats.loss,
                 "lr": stats.lr,
                 "grad_norm": stats.grad_norm,
             }
-            row |= self._clock.read() | _memory(module.device) | metrics
+            row |= self._pace(trainer, module.device, config.max_steps - step) | metrics
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=step)
-        if last or stop or _due(step, config.checkpoint_every_steps):
+        if last or stop or self.schedule.due(step):
             self._save(trainer, step, ends=last or stop)
         if stop and not last:
             self.stopped_at = step
             trainer.should_stop = True
+
+    def _look_for_spike(self, trainer: pl.Trainer, step: int, loss: float) -> None:
+        rise = self._spikes.rise(loss)
+        if rise is None or not trainer.is_global_zero:
+            return
+        told = f"step {step}: the loss is {loss:.4f}, {rise:.4f} nats/token above its recent median"
+        log.warning("LOSS SPIKE at %s; training goes on", told)
+        for logger in trainer.loggers:
+            logger.alert("Loss spike", f"{self.name}, {told}")  # type: ignore[attr-defined]
+
+    def _pace(self, trainer: pl.Trainer, device: torch.device, steps_left: int) -> dict[str, float]:
+        """Rates since the last row, time left, and memory of the fullest rank."""
+        eta = self._clock.eta(steps_left)
+        rates = self._clock.read()
+        mine = rates["tokens_per_second"] / trainer.world_size
+        pace = rates | {"tokens_per_second_per_device": mine}
+        peak = peak_flops(device, self.config.precision, self.config.peak_tflops)
+        if peak is not None:
+            pace["mfu"] = mine * self.flops_per_token / peak
+        if eta == eta:
+            pace["eta_seconds"] = eta
+        memory = torch.tensor(peak_memory_gib(device), device=device)
+        pace["peak_memory_gib"] = float(trainer.strategy.reduce(memory, reduce_op="max"))
+        return pace
 
     def _save(self, trainer: pl.Trainer, step: int, ends: bool) -> None:
         trainer.save_checkpoint(self.folder / CHECKPOINTS / step_name(step), weights_only=False)
         if ends:
             self.peers.part()
         if trainer.is_global_zero:
-            prune(self.folder, step, self.config.keep_last)
+            prune(self.folder, step, self.config.keep_last, self.schedule.permanent)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._close()
@@ -273,11 +253,3 @@ class StepDuties(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}

@@ -7,7 +7,7 @@ publishes it.
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from attnres import faults
 from attnres.errors import CheckpointError, NumericsError, StorageError
-from attnres.provenance import fsync_path, write_json
+from attnres.provenance import fsync_path, write_json, write_text
 from attnres.run_folder import (
     CHECKPOINTS,
     MANIFEST,
@@ -32,6 +32,7 @@ from attnres.run_folder import (
     refuse_unsafe_loading,
     sha256_of,
 )
+from attnres.training.card import model_card
 
 _MARGIN_BYTES = 32 * 2**20
 _STATE_KEYS = frozenset({"state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "attnres"})
@@ -172,15 +173,19 @@ def export_model(
     tokenizer.save_pretrained(folder)
     write_json(folder / "data.json", info.data)
     write_json(folder / "training.json", training)
+    parameters = sum(p.numel() for p in model.parameters())
+    write_text(folder / "README.md", model_card(model.config, parameters, training, info.data))
 
 
-def prune(run_folder: Path, newest: int, keep: int) -> None:
+def prune(run_folder: Path, newest: int, keep: int, permanent: Callable[[int], bool] = lambda step: False) -> None:
     """Removes the oldest step folders until `keep` are left up to `newest`, the step that was just written.
+
+    Steps that are `permanent` stay and do not count.
 
     Folders after `newest` (left by a run that fell back) stay until they are written again.
     """
     steps = list_steps(run_folder)
-    older = [step for step in steps if step < newest]
+    older = [step for step in steps if step < newest and not permanent(step)]
     for step in older[: max(0, len(older) - (keep - 1))]:
         # A folder that is half deleted must not carry a final name.
         trash = steps[step].with_name(f".trash-{steps[step].name}")

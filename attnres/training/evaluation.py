@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from attnres.errors import DataError, NumericsError
-from attnres.model.families import BANDS, SUBLAYERS, band_layers, family_indices, grid
+from attnres.model.families import family_indices, grid
 from attnres.model.plan import DepthPlan
+from attnres.model.state import Trace
 from attnres.training.config import Loss
 from attnres.training.loss import nll_sum
+
+MEASURED = ("mass", "uniform_excess", "share", "entropy")
 
 
 @torch.no_grad()
@@ -46,42 +50,94 @@ def validation_loss(
     return mean
 
 
+@dataclass(frozen=True)
+class ReadSummary:
+    """One read, averaged over positions and windows.
+
+    Attributes:
+        mass: routing weight of each source, `[S]`.
+        share: norm-aware share of each source, `<a_i v_i, h> / |h|^2` with `h` the mix; sums to 1, `[S]`.
+        entropy: of the routing weights, in nats, a scalar.
+    """
+
+    mass: Tensor
+    share: Tensor
+    entropy: Tensor
+
+
+def summarise_read(log_weights: Tensor, sources: Sequence[Tensor]) -> ReadSummary:
+    """Summary of a read from its log weights `[B, T, S]` and sources (S times `[B, T, D]`)."""
+    weights = log_weights.float().exp()
+    parts = [weights[..., i, None] * source.float() for i, source in enumerate(sources)]
+    mix = torch.stack(parts).sum(dim=0)
+    size = mix.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    share = torch.stack([((part * mix).sum(dim=-1) / size).mean() for part in parts])
+    return ReadSummary(weights.mean(dim=(0, 1)), share, torch.special.entr(weights).sum(dim=-1).mean())
+
+
 @torch.no_grad()
-def routing_metrics(trainer: pl.Trainer, model: nn.Module, plan: DepthPlan, batch: Any) -> dict[str, float]:
-    """`routing_summary` of one batch, averaged over ranks."""
+def routing_slices(
+    trainer: pl.Trainer, model: nn.Module, plan: DepthPlan, batch: Any
+) -> list[dict[str, str | int | float]]:
+    """`slice_rows` of one batch, averaged over ranks."""
+    reads: list[ReadSummary] = []
+
+    def observe(trace: Trace) -> None:
+        reads.append(summarise_read(trace.log_weights, trace.sources))
+
     with _evaluating(trainer, model):
         batch = trainer.strategy.batch_to_device(batch)
         inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
-        routing = model(**inputs, output_routing=True, use_cache=False, logits_to_keep=1).routing
-    summary = routing_summary(plan, routing)
-    values = trainer.strategy.reduce(torch.stack(list(summary.values())), reduce_op="mean")
-    return dict(zip(summary, values.tolist(), strict=True))
+        model(**inputs, observe=observe, use_cache=False, logits_to_keep=1)
+    # Every rank has the same slices; only the measured numbers differ.
+    rows = slice_rows(plan, reads)
+    measured = torch.stack([row[name] for row in rows for name in MEASURED])
+    values = iter(trainer.strategy.reduce(measured, reduce_op="mean").tolist())
+    return [row | {name: next(values) for name in MEASURED} for row in rows]
 
 
-def routing_summary(plan: DepthPlan, routing: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Mean routing mass per family, sublayer and band, and mean entropy in nats per sublayer and band.
+def slice_rows(plan: DepthPlan, reads: Sequence[ReadSummary]) -> list[dict[str, Any]]:
+    """A row per slice that has a read: family, sublayer, band, over the reads eligible for that family.
 
-    Args:
-        routing: one `[B, T, S_j]` tensor per read.
-
-    Returns:
-        Scalars under `routing/<family>/<sublayer>/<band>`, over the reads eligible for that family, and
-        `routing/entropy/<sublayer>/<band>`, over the reads with several sources. Slices without a read are
-        left out.
+    Beside the `MEASURED` numbers (scalar tensors) stand how many reads it has and their mean number of sources.
+    `entropy` is that of all sources, so that it tells how sharp the reads are, whatever the family.
     """
-    means = [weights.float().mean(dim=(0, 1)) for weights in routing]
-    summary = {}
+    rows: list[dict[str, Any]] = []
     for cell in grid(plan):
-        if cell.reads:
-            mass = [means[j][list(family_indices(cell.family, plan.reads[j].num_sources))].sum() for j in cell.reads]
-            summary[f"routing/{cell.family}/{cell.sublayer}/{cell.band}"] = torch.stack(mass).mean()
-    for sublayer in SUBLAYERS:
-        for band in BANDS:
-            reads = [plan.reads[2 * layer + SUBLAYERS.index(sublayer)] for layer in band_layers(band, plan.num_layers)]
-            entropy = [torch.special.entr(routing[r.index].float()).sum(-1).mean() for r in reads if r.num_sources > 1]
-            if entropy:
-                summary[f"routing/entropy/{sublayer}/{band}"] = torch.stack(entropy).mean()
-    return summary
+        if not cell.reads:
+            continue
+        members = [list(family_indices(cell.family, plan.reads[j].num_sources)) for j in cell.reads]
+        mass = torch.stack([reads[j].mass[m].sum() for j, m in zip(cell.reads, members, strict=True)])
+        uniform = torch.tensor([len(m) / plan.reads[j].num_sources for j, m in zip(cell.reads, members, strict=True)])
+        share = torch.stack([reads[j].share[m].sum() for j, m in zip(cell.reads, members, strict=True)])
+        entropy = torch.stack([reads[j].entropy for j in cell.reads])
+        rows.append(
+            {
+                "family": cell.family,
+                "sublayer": cell.sublayer,
+                "band": cell.band,
+                "reads": len(cell.reads),
+                "mean_sources": cell.mean_sources,
+                "mass": mass.mean(),
+                "uniform_excess": (mass - uniform.to(mass)).mean(),
+                "share": share.mean(),
+                "entropy": entropy.mean(),
+            }
+        )
+    return rows
+
+
+def routing_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The rows as scalars: `routing/<family>/...` is mass, `routing/share/<family>/...` and `routing/entropy/...`."""
+    found: dict[str, float] = {}
+    for row in rows:
+        where = f"{row['sublayer']}/{row['band']}"
+        found[f"routing/{row['family']}/{where}"] = row["mass"]
+        found[f"routing/share/{row['family']}/{where}"] = row["share"]
+        # The newest source is there wherever there are several.
+        if row["family"] == "current":
+            found[f"routing/entropy/{where}"] = row["entropy"]
+    return found
 
 
 @contextmanager

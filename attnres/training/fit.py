@@ -36,6 +36,7 @@ from attnres.training.base import freeze, resolve_base, start_from
 from attnres.training.callbacks import SIGNALS, StepDuties, StopSignals
 from attnres.training.checkpoint import ExportInfo, RunCheckpointIO, clean
 from attnres.training.config import TrainConfig, config_hash, run_folder
+from attnres.training.flops import flops_per_token
 from attnres.training.loggers import CsvLogger, WandbLogger
 from attnres.training.models import build_model, model_config
 from attnres.training.module import CausalLMModule
@@ -123,7 +124,8 @@ def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path
                 _describe(folder, config, corpus, start, command)
         plan = architecture.plan() if hasattr(architecture, "plan") else None
         peers = Peers()
-        duties = StepDuties(trainer_config, config.name, folder, signals, peers, plan)
+        flops = flops_per_token(model, architecture, config.data.sequence_length)
+        duties = StepDuties(trainer_config, config.name, folder, signals, peers, plan, flops)
         loggers = [
             CsvLogger(folder / "metrics.csv", start.step),
             WandbLogger(config.logger, folder, folder.name, settings),

@@ -40,6 +40,12 @@ class _BaseLogger(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Configuration is in config.yaml."""
 
+    def log_table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Several rows of one step, all with the same columns."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Tells somebody who is not looking; by default nobody."""
+
 
 class CsvLogger(_BaseLogger):
     """One row per logged step: `step`, `tokens`, then a column per metric, empty where it was not measured.
@@ -59,6 +65,14 @@ class CsvLogger(_BaseLogger):
         self._rows: list[dict[str, str]] = []
         self._resume_step = resume_step
         self._opened = False
+        self._tables: dict[str, CsvLogger] = {}
+
+    @rank_zero_only
+    def log_table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Into `<name>.csv` beside the metrics, a line per row."""
+        table = self._tables.setdefault(name, CsvLogger(self.path.with_name(f"{name}.csv"), self._resume_step))
+        for row in rows:
+            table.log_metrics(row, step)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -114,12 +128,23 @@ class WandbLogger(_BaseLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        def send() -> None:
-            if self._run is None:
-                self._run = self._start()
-            self._run.log({"step": step, **metrics}, step=step)
+        self._attempt("log", lambda: self._running().log({"step": step, **metrics}, step=step))
 
-        self._attempt("log", send)
+    @rank_zero_only
+    def log_table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        def send() -> None:
+            import wandb
+
+            columns: list[str | int] = list(rows[0])
+            table = wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in rows])
+            self._running().log({name: table}, step=step)
+
+        if rows:
+            self._attempt("log a table", send)
+
+    @rank_zero_only
+    def alert(self, title: str, text: str) -> None:
+        self._attempt("alert", lambda: self._running().alert(title=title, text=text))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -128,6 +153,11 @@ class WandbLogger(_BaseLogger):
             code = 0 if status == "success" else 1
             # An upload that hangs must not keep a finished run from ending.
             self._attempt("finish", lambda: _within(_INIT_SECONDS, lambda: run.finish(exit_code=code)))
+
+    def _running(self) -> Any:
+        if self._run is None:
+            self._run = self._start()
+        return self._run
 
     def _start(self) -> Any:
         if self._config.wandb == "online":

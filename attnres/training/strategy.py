@@ -52,9 +52,8 @@ class ShardedStrategy(ModelParallelStrategy):
         return gathered if self.global_rank == 0 else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank reads the file, mapped into memory, and keeps its shards."""
-        path = self.broadcast(checkpoint_path)
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        """Every rank reads and checks the file, and keeps its shards."""
+        checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
         assert self.model is not None
         saved = checkpoint["state_dict"]
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import resource
 import statistics
+import sys
 import time
 from collections import deque
 
@@ -97,4 +98,6 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory that this process has held so far: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    # In bytes on macOS, in KiB elsewhere.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -18,10 +18,10 @@ from attnres.config import build
 from attnres.errors import CheckpointError, ConfigError, DataError, NumericsError
 from attnres.run_folder import list_steps
 from attnres.training import fit
-from attnres.training.callbacks import Clock
 from attnres.training.config import LoggerConfig, TrainConfig
 from attnres.training.loggers import CsvLogger, WandbLogger
 from attnres.training.module import CausalLMModule
+from attnres.training.telemetry import Clock
 
 
 @pytest.fixture(scope="module")

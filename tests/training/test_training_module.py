@@ -1,5 +1,6 @@
 """Loss, gradient scaling, and what is measured, against plain torch."""
 
+import csv
 import math
 from dataclasses import replace
 from itertools import islice
@@ -17,7 +18,7 @@ from training_runs import rows, run, settings, state
 from attnres.errors import DataError, NumericsError
 from attnres.model.plan import DepthPlan
 from attnres.training.config import OptimConfig
-from attnres.training.evaluation import routing_summary, validation_loss
+from attnres.training.evaluation import routing_metrics, slice_rows, summarise_read, validation_loss
 from attnres.training.loss import nll_sum
 from attnres.training.models import build_model, model_config
 from attnres.training.module import CausalLMModule
@@ -134,16 +135,28 @@ def test_nll_sum_isolates_packed_documents(kind: str) -> None:
     assert abs(leaking.item() - alone.item()) > 1e-3
 
 
-def test_routing_summary_of_uniform_routing() -> None:
+def test_slice_rows_of_uniform_routing() -> None:
     plan = DepthPlan(num_layers=6, num_blocks=3)
-    routing = [torch.full((2, 3, read.num_sources), 1 / read.num_sources) for read in plan.reads]
-    summary = routing_summary(plan, routing)
+    draw = torch.Generator().manual_seed(0)
+    reads = []
+    for read in plan.reads:
+        sources = [torch.randn(2, 3, 8, generator=draw) for _ in range(read.num_sources)]
+        # The newest source is a thousand times longer than the others: the mix is hardly anything else.
+        sources[-1] = sources[-1] * 1000
+        reads.append(summarise_read(torch.full((2, 3, read.num_sources), -math.log(read.num_sources)), sources))
+    rows = slice_rows(plan, reads)
+    summary = {name: float(value) for name, value in routing_metrics(rows).items()}
     last = [plan.reads[2 * layer + 1].num_sources for layer in (4, 5)]
     share = sum(1 / s for s in last) / 2
-    assert summary["routing/embedding/mlp/late"].item() == pytest.approx(share)
-    assert summary["routing/current/mlp/late"].item() == pytest.approx(share)
-    assert summary["routing/older/mlp/late"].item() == pytest.approx(sum((s - 3) / s for s in last) / 2)
-    assert summary["routing/entropy/mlp/late"].item() == pytest.approx(sum(math.log(s) for s in last) / 2)
+    assert summary["routing/embedding/mlp/late"] == pytest.approx(share)
+    assert summary["routing/current/mlp/late"] == pytest.approx(share)
+    assert summary["routing/older/mlp/late"] == pytest.approx(sum((s - 3) / s for s in last) / 2)
+    assert summary["routing/entropy/mlp/late"] == pytest.approx(sum(math.log(s) for s in last) / 2)
+    # Equal mass, unequal share.
+    assert summary["routing/share/current/mlp/late"] == pytest.approx(1.0, abs=0.01)
+    families = [f"routing/share/{family}/mlp/late" for family in ("embedding", "current", "recent", "older")]
+    assert sum(summary[name] for name in families) == pytest.approx(1.0, abs=1e-5)
+    assert all(float(row["uniform_excess"]) == pytest.approx(0.0, abs=1e-6) for row in rows)
     # No read of the first third has four sources.
     assert "routing/older/mlp/early" not in summary
 
@@ -154,6 +167,13 @@ def test_train_logs_routing_of_the_model_that_routes(tmp_path: Path, data: dict[
     assert "routing/embedding/attn/late" in columns and "routing/entropy/mlp/mid" in columns
     assert [bool(row["routing/entropy/mlp/mid"]) for row in logged] == [False, False, True]
     assert 0 < float(logged[2]["routing/current/mlp/late"]) < 1
+    assert 0 < float(logged[2]["routing/share/current/mlp/late"]) < 1.5
+    (table,) = tmp_path.glob("attnres-*/routing.csv")
+    with open(table, newline="") as stream:
+        slices = list(csv.DictReader(stream))
+    assert {row["step"] for row in slices} == {"3"} and len(slices) == len({tuple(row.values()) for row in slices})
+    late = next(row for row in slices if (row["family"], row["sublayer"], row["band"]) == ("current", "mlp", "late"))
+    assert late["mass"] == logged[2]["routing/current/mlp/late"]
     plain = rows(run(settings(tmp_path, data, "vanilla", trainer__max_steps=3)))
     assert not [name for name in plain[0] if name.startswith("routing/")]
 

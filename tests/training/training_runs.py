@@ -21,7 +21,14 @@ from attnres.training.fit import train
 from attnres.training.module import CausalLMModule
 
 # What a clock or a machine decides.
-UNREPEATABLE = {"tokens_per_second", "data_wait"}
+UNREPEATABLE = {
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "data_wait",
+    "eta_seconds",
+    "mfu",
+    "peak_memory_gib",
+}
 KILLED = -signal.SIGKILL
 
 
