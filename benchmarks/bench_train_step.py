@@ -3,9 +3,11 @@
     python benchmarks/bench_train_step.py [--rounds 9]
 
 Three variants take turns on the same batch: AttnRes (torch backend), the same decoder with the additive residual in
-place of every read, and transformers' `Qwen3ForCausalLM`. A step is forward, loss, backward and the fused AdamW update
-that training uses.
-Exits with 1 if a ratio is above 1.10.
+place of every read, and transformers' `Qwen3ForCausalLM`. The order rotates from round to round, so that no variant
+always finds the caches and the heap as the same other one left them. A step is forward, loss, backward and the fused
+AdamW update that training uses. A ratio is the median over rounds of two steps' wall times in one round; the ratio of
+CPU times (all threads), printed beside it, is steadier on a machine that does other work.
+Exits with 1 if a ratio of wall times is above 1.10.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 LIMIT = 1.10
 SHAPES = ((12, 256), (8, 128))
 VOCAB, BATCH, TOKENS = 4096, 8, 256
+WARM_UP = 2  # rounds that are not counted
 
 
 class AdditiveResidual(nn.Module):
@@ -79,24 +82,28 @@ def bench(layers: int, width: int, rounds: int) -> dict[str, float]:
         "additive": make_step(same, same, tokens),
         "qwen3": make_step(vanilla, lambda ids: vanilla(ids, use_cache=False).logits, tokens),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if round_ >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    paired = {
-        other: statistics.median(a / b for a, b in zip(seconds["attnres"], seconds[other], strict=True))
-        for other in ("additive", "qwen3")
-    }
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for round_ in range(rounds + WARM_UP):
+        for name in order:
+            start, start_cpu = time.perf_counter(), time.process_time()
+            steps[name]()
+            if round_ >= WARM_UP:
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - start_cpu)
+        order = order[1:] + order[:1]
+
+    def ratio(seconds: dict[str, list[float]], other: str) -> float:
+        pairs = zip(seconds["attnres"], seconds[other], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 3)
+
     return {
         "layers": layers,
         "width": width,
-        **{f"{name}_ms": round(1e3 * value, 1) for name, value in median.items()},
-        "over_additive": round(paired["additive"], 3),
-        "over_qwen3": round(paired["qwen3"], 3),
+        **{f"{name}_ms": round(1e3 * statistics.median(values), 1) for name, values in wall.items()},
+        **{f"over_{other}": ratio(wall, other) for other in ("additive", "qwen3")},
+        **{f"cpu_over_{other}": ratio(cpu, other) for other in ("additive", "qwen3")},
     }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -80,6 +81,17 @@ def _in_full_precision(backward: Any) -> Any:
     return run
 
 
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """`weights @ values`, `[N, M, n] @ [N, n, D] -> [N, M, D]`, for a handful of rows n, where `torch.bmm` is slow.
+
+    An output is an embedding bag: the weighted sum of n rows of a table. That kernel writes all of them in one pass.
+    """
+    tokens, reads, n = weights.shape
+    rows = torch.arange(tokens * n, device=values.device).view(tokens, 1, n).expand(-1, reads, -1).reshape(-1, n)
+    table, weights = values.reshape(tokens * n, -1), weights.reshape(-1, n)
+    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights).unflatten(0, (tokens, reads))
+
+
 class _Inter(torch.autograd.Function):
     """n finished sources x M queries -> logits, their log-sum-exp, M mixes.
 
@@ -97,13 +109,14 @@ class _Inter(torch.autograd.Function):
         weights = torch.softmax(logits, dim=0)
         # A read whose finished sources are all masked has lse = -inf and no mass here: all of it is on the state.
         weights = weights.masked_fill_(torch.isneginf(lse), 0.0)
-        mixed = torch.bmm(weights.permute(1, 2, 0).contiguous(), values).unflatten(0, (batch, tokens))
+        # The mix of one source is that source.
+        mixed = _mix(weights.permute(1, 2, 0), values) if len(sources) > 1 else values.expand(-1, len(queries), -1)
         ctx.save_for_backward(values, queries, rstd, scores, weights)
         ctx.bias_shape, ctx.tokens, ctx.device_type = bias.shape, (batch, tokens), values.device.type
         ctx.dtypes = [source.dtype for source in sources]
         ctx.set_materialize_grads(False)
         by_token = logits.permute(1, 2, 0).unflatten(0, (batch, tokens))  # [B, T, M, n]
-        return by_token, lse.unflatten(0, (batch, tokens)), *mixed.unbind(-2)
+        return by_token, lse.unflatten(0, (batch, tokens)), *mixed.unflatten(0, (batch, tokens)).unbind(-2)
 
     @staticmethod
     @once_differentiable
@@ -115,7 +128,7 @@ class _Inter(torch.autograd.Function):
         width, m = values.shape[-1], len(queries)
         zero = values.new_zeros(()).expand(values.shape[0], width)
         d_mix = torch.stack([zero if d is None else d.to(values.dtype).flatten(0, 1) for d in d_mixed], dim=-2)
-        d_weights = torch.bmm(values, d_mix.transpose(-1, -2)).transpose(0, 1).contiguous()  # [n, N, M]
+        d_weights = torch.bmm(d_mix, values.transpose(-1, -2)).permute(2, 0, 1).contiguous()  # [n, N, M]
         shift = -(weights * d_weights).sum(0)
         shift = shift if d_lse is None else shift + d_lse.flatten(0, 1)
         d_score = d_weights.add_(shift).mul_(weights)
@@ -124,7 +137,7 @@ class _Inter(torch.autograd.Function):
         through_rms = -(d_score * scores).sum(-1, keepdim=True) * rstd.square() / width  # [n, N, 1]
         d_dot = (d_score * rstd).transpose(0, 1).reshape(-1, m)  # [N n, M]
         d_queries = d_dot.T @ values.view(-1, width)
-        d_values = torch.bmm(weights.transpose(0, 1).contiguous(), d_mix)
+        d_values = _mix(weights.transpose(0, 1), d_mix)
         d_values.view(-1, width).addmm_(d_dot, queries)
         d_values.addcmul_(values, through_rms.transpose(0, 1))
         d_bias = d_score.unflatten(1, ctx.tokens).sum_to_size(ctx.bias_shape)
