@@ -60,6 +60,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     varied, same = differences(runs)
     names = {"claims": "Claims", "runs": "Runs", "differ": "Differences", "side": "Effects", "seeds": "Seeds",
              "steps": "Training", "paired": "Paired", "cells": "All cells", "provenance": "Folders"}  # fmt: skip
+    seeds = [(group, seed_table(group).to_dict("records")) for group in seed_groups(runs)]
+    kept = {"seeds": bool(seeds), "steps": bool(drawings["steps"]), "paired": bool(drawings["paired"] or why_not)}
     context = {
         "title": f"{len(runs)} probes compared",
         "viewer": None,
@@ -70,16 +72,12 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         "varied": varied,
         "same": same,
         "drawings": drawings,
-        "seeds": [(group, seed_table(group).to_dict("records")) for group in seed_groups(runs)],
+        "seeds": seeds,
         "least_seeds": LEAST_SEEDS,
         "contrasts": contrasts.to_dict("records"),
         "why_not": why_not,
         "cells": _cells(runs),
-        "sections": [
-            (k, v)
-            for k, v in names.items()
-            if (k not in ("seeds", "steps") or drawings[k]) and (k != "paired" or drawings[k] or why_not)
-        ],
+        "sections": [(anchor, name) for anchor, name in names.items() if kept.get(anchor, True)],
     }
     html, text = render_html("compare.html.j2", context), render_text("compare.md.j2", context)
     try:

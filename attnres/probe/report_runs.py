@@ -116,10 +116,11 @@ def _labels(facts: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> list
         more = [f"{key} {fact[key]:g}" if key == "step" and fact[key] is not None else f"{key} {fact[key]}"
                 for key in varied]  # fmt: skip
         labels.append(" ".join([words.visible(fact["experiment"])[:40], *more]))
-    for k, folder in enumerate(folders):
-        if labels.count(labels[k]) > 1:
-            labels[k] = f"{labels[k]} ({words.visible(Path(folder).name)[-24:]})"
-    return [f"{label} #{k + 1}" if labels.count(label) > 1 else label for k, label in enumerate(labels)]
+    named = [
+        f"{label} ({words.visible(Path(folder).name)[-24:]})" if labels.count(label) > 1 else label
+        for label, folder in zip(labels, folders, strict=True)
+    ]
+    return [f"{label} #{k + 1}" if named.count(label) > 1 else label for k, label in enumerate(named)]
 
 
 def trainings(runs: Sequence[Run]) -> list[list[Run]]:
