@@ -13,24 +13,24 @@ from collections import defaultdict
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS = 64
-_BANDS = 16
+SIGNATURE_ROWS = 64
+BANDS = 16
 # Documents are joined from an estimated Jaccard similarity of 0.70 on; bands of 4 rows find 98.8% of the
 # pairs at 0.70, and more above.
-_MIN_EQUAL_ROWS = 45
+MIN_EQUAL_ROWS = 45
 # Keeps the repeated passes over a long document in the processor's cache.
 _CHUNK = 16384
 
 # Raw bits rather than a Generator's methods, whose results may change between numpy releases.
 _bits = np.random.PCG64(20030913)
 _BYTE_HASHES = _bits.random_raw(256).astype(np.uint32)
-_MULTIPLIERS = _bits.random_raw(_ROWS).astype(np.uint32) | np.uint32(1)
+_MULTIPLIERS = _bits.random_raw(SIGNATURE_ROWS).astype(np.uint32) | np.uint32(1)
 
 
 def minhash_signature(text: str) -> NDArray[np.uint32]:
     """MinHash signature `[64]` of a text; runs of white space count as one space."""
     hashes = _window_hashes(b" ".join(text.encode().split()))
-    signature = np.full(_ROWS, np.iinfo(np.uint32).max, np.uint32)
+    signature = np.full(SIGNATURE_ROWS, np.iinfo(np.uint32).max, np.uint32)
     for start in range(0, len(hashes), _CHUNK):
         chunk = hashes[start : start + _CHUNK]
         product = np.empty_like(chunk)
@@ -57,7 +57,7 @@ def group_near_duplicates(signatures: NDArray[np.uint32]) -> NDArray[np.int64]:
             document = parent[document]
         return document
 
-    for band in np.split(signatures, _BANDS, axis=1):
+    for band in np.split(signatures, BANDS, axis=1):
         # A bucket keeps one document of each cluster that met in it: comparing with those is enough to join.
         buckets: dict[bytes, list[int]] = defaultdict(list)
         for document, row in enumerate(np.ascontiguousarray(band)):
@@ -66,7 +66,7 @@ def group_near_duplicates(signatures: NDArray[np.uint32]) -> NDArray[np.int64]:
                 first, second = sorted((root(document), root(other)))
                 if first == second:
                     break
-                if (signatures[document] == signatures[other]).sum() >= _MIN_EQUAL_ROWS:
+                if (signatures[document] == signatures[other]).sum() >= MIN_EQUAL_ROWS:
                     parent[second] = first
                     break
             else:

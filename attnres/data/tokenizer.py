@@ -1,12 +1,22 @@
 """The byte-level BPE: trained on the train split, or one that exists already."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from attnres.errors import DataError
+
+# Texts longer than this are encoded in pieces, of at most the second number of characters.
+PIECE_CHARACTERS = 128 * 1024
+LONGEST_PIECE = 2 * PIECE_CHARACTERS
+# Between two words: the second keeps its space, as byte-level tokenizers have it.
+_WORD_BORDER = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
+_CONTEXT = 256
 
 EOS_TOKEN = "<|endoftext|>"
 
@@ -78,6 +88,49 @@ def end_of_text_id(tokenizer: Tokenizer, file: Path) -> int:
         if name is not None and (token := tokenizer.token_to_id(name)) is not None:
             return token
     raise DataError(f"{file}: no {EOS_TOKEN} token, nor an eos_token in {settings.name} beside it; add one")
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+    """Ids `[tokens]` of each text, in bounded memory: the library needs 300 bytes per token while it encodes.
+
+    Texts of more than `PIECE_CHARACTERS` are encoded in pieces. A piece ends where a new word begins and where encoding
+    both sides apart gives what encoding them together gives, which is checked there: the ids are those of the whole
+    text. Only where a run of `LONGEST_PIECE` characters has no such place is it cut regardless; the ids then differ at
+    that place, and still decode to the text.
+    """
+    found: list[NDArray[np.uint32]] = []
+    batch: list[str] = []
+    for text in texts:
+        if len(text) <= PIECE_CHARACTERS and sum(map(len, batch)) + len(text) <= PIECE_CHARACTERS:
+            batch.append(text)
+            continue
+        found += _encode_batch(tokenizer, batch)
+        batch = []
+        if len(text) <= PIECE_CHARACTERS:
+            batch.append(text)
+        else:
+            found.append(np.concatenate([_encode_batch(tokenizer, [piece])[0] for piece in _pieces(tokenizer, text)]))
+    return found + _encode_batch(tokenizer, batch)
+
+
+def _encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.uint32]]:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+    return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = start + LONGEST_PIECE
+        for border in _WORD_BORDER.finditer(text, start + PIECE_CHARACTERS, end):
+            before, after = text[border.start() - _CONTEXT : border.start()], text[border.start() :][:_CONTEXT]
+            apart = np.concatenate(_encode_batch(tokenizer, [before, after]))
+            if np.array_equal(apart, _encode_batch(tokenizer, [before + after])[0]):
+                end = border.start()
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
