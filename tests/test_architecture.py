@@ -14,7 +14,7 @@ TOOLS = {"faults", "json_files"}
 ARROWS = {
     "ops": set(),
     "model": {"ops", "errors"},
-    "data": {"errors"},
+    "data": {"config", "errors"},
     "config": {"errors"},
     "provenance": {"version"},
     "run_folder": {"errors"},

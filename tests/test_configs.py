@@ -96,7 +96,11 @@ def command(monkeypatch, capsys):
         (["train.py", "+optim.learning_rate=3"], 2, "unknown key 'optim.learning_rate'"),
         (["train.py", "+experiment=attnres_0p7b"], 2, "did you mean 'experiment.attnres_0p6b'"),
         (["train.py", "optim.lr=fast"], 2, "optim.lr"),
-        (["train.py", "+experiment=attnres_0p6b"], 3, "make it with: hf download HuggingFaceFW/fineweb-edu"),
+        (
+            ["train.py", "+experiment=attnres_0p6b"],
+            3,
+            "make it with: python -m attnres.data.make_shards --out",
+        ),
         (["train.py", "data=files", "data.paths=[nowhere/*.txt]"], 3, "nowhere"),
         (["probe.py", "probe.familes=older"], 2, "did you mean 'probe.families'"),
         (["probe.py", "probe.families=newest"], 2, "probe.families"),

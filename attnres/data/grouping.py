@@ -47,7 +47,7 @@ class Groups:
     """Disjoint groups of documents `0 .. count-1`, each named by its lowest document."""
 
     def __init__(self, count: int) -> None:
-        self._parent = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+        self._parent: NDArray[np.integer] = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
 
     def root(self, document: int) -> int:
         """The lowest document of a document's group."""
@@ -64,9 +64,10 @@ class Groups:
 
     def all(self) -> NDArray[np.integer]:
         """`[count]`: the lowest document of each document's group."""
-        while not np.array_equal(above := self._parent[self._parent], self._parent):
-            self._parent = above
-        return self._parent
+        parent = self._parent
+        while not np.array_equal(above := parent[parent], parent):
+            parent = above
+        return parent
 
 
 class Signatures:
