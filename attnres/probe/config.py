@@ -63,6 +63,7 @@ class GridConfig:
         schedules: how the vanilla baseline is wrapped.
         recency_bias: bias b of the recency wrap, in nats.
         bias: `"stored"` or `"init"`: which routing biases of a released checkpoint are used.
+        nulls: null models to probe as well: `"untrained"`, `"shuffled_queries"`; see `attnres.probe.nulls`.
     """
 
     families: str | tuple[str, ...] = "all"
@@ -82,6 +83,7 @@ class GridConfig:
     schedules: tuple[Literal["recency", "uniform"], ...] = ("recency", "uniform")
     recency_bias: float = 10.0
     bias: Literal["stored", "init"] = "stored"
+    nulls: tuple[Literal["untrained", "shuffled_queries"], ...] = ()
 
     def __post_init__(self) -> None:
         for key, known in (("families", FAMILIES), ("sublayers", SUBLAYERS), ("bands", BANDS)):
@@ -114,6 +116,8 @@ class ProbeConfig:
     Attributes:
         ckpt: what is probed; see `attnres.model.loading.model_folder`. A run may be named without its hash.
         baseline: a vanilla Qwen3, or None to look for the matching run beside the checkpoint.
+        controls: further AttnRes checkpoints to probe and to compare with, by name, or a list of them that go by the
+            names of their experiments.
         data: keys of `DataConfig` that differ from the checkpoint's; for a released checkpoint, which text to read.
         runs_dir: where the probe's folder goes.
         cache_dir: where token shards are cached.
@@ -125,6 +129,7 @@ class ProbeConfig:
 
     ckpt: str
     baseline: str | None = None
+    controls: dict[str, str] | tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     runs_dir: str = "runs"
     cache_dir: str = "cache"

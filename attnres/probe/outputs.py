@@ -19,6 +19,7 @@ from attnres.probe.inference import StatisticsConfig
 from attnres.probe.locate import Located
 from attnres.probe.runner import Split, Subject, Tables
 from attnres.probe.statistics import cell_table, contrast_table
+from attnres.probe.subjects import Further
 from attnres.provenance import write_json, write_text
 
 __all__ = ["TRAINED", "Setting", "preregistration", "register", "write_tables"]
@@ -36,6 +37,7 @@ class Setting:
         windows: per split.
         checks: all passed.
         provenance: see `attnres.provenance.collect`.
+        further: where those of the models came from that are neither the trained one nor its wrapped baseline.
     """
 
     grid: GridConfig
@@ -45,6 +47,7 @@ class Setting:
     windows: Mapping[Split, ProbeWindows]
     checks: Sequence[Check]
     provenance: Mapping[str, Any]
+    further: Sequence[Further] = ()
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -107,7 +110,7 @@ def write_tables(
         "title": f"Does the routing of {setting.located[0].run} tell the truth?",
         "created": _now(),
         "command": setting.provenance["command"],
-        "models": [_describe(subject, setting.located, clean_nll) for subject in setting.subjects],
+        "models": [_describe(subject, setting, clean_nll) for subject in setting.subjects],
         "checks": checks,
         "grid": {
             "candidate_cells": candidates,
@@ -142,8 +145,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _describe(subject: Subject, located: tuple[Located, Located], clean_nll: Mapping[str, float]) -> dict[str, Any]:
-    where = located[0 if subject.schedule is None else 1]
+def _describe(subject: Subject, setting: Setting, clean_nll: Mapping[str, float]) -> dict[str, Any]:
+    where = setting.located[0 if subject.schedule is None else 1]
+    kind = "trained AttnRes" if subject.schedule is None else f"vanilla Qwen3, {subject.schedule} wrap"
+    for one in setting.further:
+        if one.subject.name == subject.name:
+            where, kind = one.located, one.kind
     return {
         "name": subject.name,
         "path": str(where.folder),
@@ -151,7 +158,7 @@ def _describe(subject: Subject, located: tuple[Located, Located], clean_nll: Map
         "experiment": where.training.get("name"),
         "seed": where.training.get("seed"),
         "training": where.training.get("config"),
-        "kind": "trained AttnRes" if subject.schedule is None else f"vanilla Qwen3, {subject.schedule} wrap",
+        "kind": kind,
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "convention": subject.plan.convention,
         "layers": subject.plan.num_layers,

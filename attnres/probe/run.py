@@ -40,6 +40,7 @@ from attnres.probe.runner import (
     tables_of,
 )
 from attnres.probe.stopping import StopSignals, lock
+from attnres.probe.subjects import further_subjects, locate_controls
 from attnres.probe.viewer import write_viewer
 from attnres.provenance import collect
 
@@ -92,12 +93,14 @@ def probe(config: ProbeConfig, command: str) -> Result | None:
     device = ranks.device or device
     trained_at = locate(config.ckpt)
     baseline_at = locate_baseline(config.baseline, trained_at)
+    controls_at = locate_controls(config, trained_at)
     corpus = _corpus(config, trained_at, ranks)
     _same_text(config, corpus, trained_at)
     windows = _windows(config, corpus)
     trained, vanilla = _load(config, trained_at, baseline_at, corpus, device)
-    subjects = _subjects(config, trained, vanilla)
-    digests = [trained_at.digest, baseline_at.digest]
+    further = further_subjects(config, controls_at, trained, trained_at, corpus)
+    subjects = [*_subjects(config, trained, vanilla), *(one.subject for one in further)]
+    digests = [where.digest for where in (trained_at, baseline_at, *controls_at.values())]
     folder = Path(config.runs_dir) / f"probe_{trained_at.run}-{config_hash(config, digests)}"
     chosen, whole = (make(config.probe, trained.model.plan) for make in (candidates, whole_grid))
     with _only_probe_in(folder, ranks):
@@ -113,9 +116,11 @@ def probe(config: ProbeConfig, command: str) -> Result | None:
             "tokenizer": corpus.tokenizer_sha256,
             "checkpoint": trained_at.digest,
             "baseline": baseline_at.digest,
+            **{f"control {name}": where.digest for name, where in controls_at.items()},
         }
         provenance = collect(command, {"probe": config.probe.seed, "statistics": statistics.seed}, hashes)
-        setting = Setting(config.probe, statistics, subjects, (trained_at, baseline_at), windows, checks, provenance)
+        located = (trained_at, baseline_at)
+        setting = Setting(config.probe, statistics, subjects, located, windows, checks, provenance, further)
         measured_on = [to_plain(config.probe), hashes, provenance["versions"], device.type]
         parts_folder = folder / PARTS / digest(measured_on)
         with _storage_errors(folder):

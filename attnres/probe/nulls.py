@@ -1,0 +1,62 @@
+"""Null models: what the probe says where there is nothing to find, or nothing that was learned about routing."""
+
+import copy
+
+import torch
+from torch import nn
+
+from attnres.errors import ConfigError
+from attnres.model.modeling import PREFIXES, Qwen3AttnResForCausalLM
+
+NULLS = ("untrained", "shuffled_queries")
+
+
+def null_model(name: str, trained: Qwen3AttnResForCausalLM, seed: int) -> Qwen3AttnResForCausalLM:
+    """A null of a trained model, in eval mode on its device.
+
+    `untrained` has its configuration and the weights that `seed` draws: queries are zero, so that routing is uniform up
+    to the configured bias, and effects are those of an untrained body. `shuffled_queries` has its weights, with the
+    queries and key-norm weights of its reads exchanged at random, so that none keeps its own; biases stay.
+
+    Raises:
+        ConfigError: an unknown name, or a shuffle that could not change anything.
+    """
+    if name == "untrained":
+        torch.manual_seed(seed)
+        drawn: nn.Module = Qwen3AttnResForCausalLM(trained.config)
+        model = drawn.to(trained.device, trained.dtype).eval()
+        assert isinstance(model, Qwen3AttnResForCausalLM)
+        return model
+    if name == "shuffled_queries":
+        model = copy.deepcopy(trained)
+        shuffle_queries(model, seed)
+        return model
+    raise ConfigError(f"probe.nulls: expected some of {', '.join(NULLS)}, received {name!r}")
+
+
+@torch.no_grad()
+def shuffle_queries(model: Qwen3AttnResForCausalLM, seed: int) -> None:
+    """Passes the query and key-norm weight of every read that routes on to another one, in place.
+
+    Raises:
+        ConfigError: fewer than two reads route, or all queries are zero.
+    """
+    plan, decoder = model.model.plan, model.model
+    owners: list[tuple[nn.Module, str]] = [(layer, prefix) for layer in decoder.layers for prefix in PREFIXES]
+    if plan.has_final_read:
+        owners.append((decoder, "final"))
+    routed = [owner for owner, read in zip(owners, plan.reads, strict=True) if plan.routing_is_trainable(read)]
+    pairs = [
+        (getattr(owner, f"{prefix}_res_proj").weight, getattr(owner, f"{prefix}_res_norm").weight)
+        for owner, prefix in routed
+    ]
+    if len(pairs) < 2 or not any(bool(query.any()) for query, _ in pairs):
+        raise ConfigError(
+            "probe.nulls: shuffled_queries changes nothing in this model, whose routing has no queries; leave it out"
+        )
+    before = [(query.clone(), scale.clone()) for query, scale in pairs]
+    # One cycle through all reads in random order: a permutation without a fixed point.
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    for to, source in zip(order, order[1:] + order[:1], strict=True):
+        for target, value in zip(pairs[to], before[source], strict=True):
+            target.copy_(value)
