@@ -55,7 +55,7 @@ def probed(runs: dict[str, Path], data: dict[str, Any], ckpt: str, **changes: An
         "runs_dir": str(runs[ckpt].parent),
         "cache_dir": data["cache_dir"],
         "threads": 1,
-        "statistics": {"sign_flips": 999, "bootstrap": 50},
+        "statistics": {"sign_flips": 999, "bootstrap": 100},
         "probe": grid | changes.pop("probe", {}),
     }
     return probe(build(ProbeConfig, plain | changes), "python probe.py").folder
