@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from attnres.probe.inference import StatisticsConfig, adjust_p, bca_interval, sign_flip_p
+from attnres.probe.inference import Floats, StatisticsConfig, adjust_p, bca_interval, sign_flip_p
 from attnres.probe.statistics import MASS_TOLERANCE, MASSES, SLICE, document_means, grid_candidates
 
 METRICS = ["mass", "norm_share", "displacement"]
@@ -192,6 +192,31 @@ def dissociation_table(
     return table
 
 
+def pick_cells(mass: Floats, effect: Floats) -> tuple[int, int] | None:
+    """The cell of largest mass and that of largest effect, from means [cells] on the pilot split.
+
+    Masses that differ by rounding only are equal: the effect is then in a cell of largest mass. None where no cell
+    has a positive effect.
+    """
+    if effect.max() <= 10.0**-_TIE_DECIMALS:
+        return None
+    by_effect = int(effect.argmax())
+    by_mass = by_effect if mass[by_effect] >= mass.max() - MASS_TOLERANCE else int(mass.argmax())
+    return by_mass, by_effect
+
+
+def paired_differences(mass: Floats, dnll: Floats, by_mass: int, by_effect: int) -> Floats:
+    """What has to be above zero for a dissociation, by document: [documents, 2].
+
+    Args:
+        mass: [documents, cells] on the confirmatory split.
+        dnll: the same.
+        by_mass: the cell picked for its mass.
+        by_effect: the cell picked for its effect.
+    """
+    return np.stack([mass[:, by_mass] - mass[:, by_effect], dnll[:, by_effect] - dnll[:, by_mass]], axis=1)
+
+
 def _dissociation(
     names: np.ndarray,
     of_sublayer: np.ndarray,
@@ -202,20 +227,15 @@ def _dissociation(
     """Cells picked on pilot values and, where they differ, the tests on confirm values."""
     if len(of_sublayer) < 2:
         return {"reason": "fewer than two eligible cells"}
-    masses, effects = (pilot[name][:, of_sublayer].mean(axis=0) for name in ("mass", "dnll"))
-    if effects.max() <= 10.0**-_TIE_DECIMALS:
+    picks = pick_cells(*(pilot[name][:, of_sublayer].mean(axis=0) for name in ("mass", "dnll")))
+    if picks is None:
         return {"reason": "no cell has a positive effect on the pilot split"}
-    effect_at = effects.argmax()
-    # Masses that differ by rounding only are equal: the effect is then in a cell of largest mass.
-    mass_at = effect_at if masses[effect_at] >= masses.max() - MASS_TOLERANCE else masses.argmax()
-    by_mass, by_effect = of_sublayer[mass_at], of_sublayer[effect_at]
+    by_mass, by_effect = (int(of_sublayer[pick]) for pick in picks)
     picked = {"mass_cell": names[by_mass], "effect_cell": names[by_effect]}
     if by_mass == by_effect:
         reason = "one cell has the largest mass and the largest effect on the pilot split"
         return picked | {"verdict": "coincide", "reason": reason}
-    mass_diff = confirm["mass"][:, by_mass] - confirm["mass"][:, by_effect]
-    effect_diff = confirm["dnll"][:, by_effect] - confirm["dnll"][:, by_mass]
-    differences = np.stack([mass_diff, effect_diff], axis=1)
+    differences = paired_differences(confirm["mass"], confirm["dnll"], by_mass, by_effect)
     low, high = bca_interval(differences, config.bootstrap, 1 - config.alpha, config.seed)
     p = sign_flip_p(differences, config.sign_flips, config.seed, "greater")
     for column, name in enumerate(("mass", "effect")):

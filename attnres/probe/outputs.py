@@ -91,7 +91,7 @@ def write_tables(
     """Judge the cells, write every table and `summary.json`, and return the table of cells."""
     grid, statistics = setting.grid, setting.statistics
     cells = cell_table(tables.effects, tables.mass, eligibility, statistics)
-    contrasts = contrast_table(tables.effects, eligibility, statistics, TRAINED)
+    contrasts = contrast_table(tables.effects, eligibility, statistics, TRAINED, mass=tables.mass)
     dissociation = dissociation_table(tables.effects, tables.mass, eligibility, statistics)
     tables.effects.to_parquet(folder / "effects.parquet", index=False)
     tables.effects.to_csv(folder / "effects.csv", index=False)

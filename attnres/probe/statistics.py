@@ -11,19 +11,23 @@ which other cells are there (except through the size of the Holm family). Rows c
 `eligibility`.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from attnres.errors import ConfigError, DataError, NumericsError
 from attnres.probe.inference import (
     StatisticsConfig,
     adjust_p,
     bca_interval,
+    cell_verdicts,
     documents_needed,
     equivalence_p,
-    one_sided_p,
+    margin_tests,
     sign_flip_p,
 )
 
@@ -47,11 +51,17 @@ CELL_COLUMNS = [
         "verdict",
         "documents_needed",
     ),
+    *("family_size", "correction", "p_fdr", "kl_lower_fdr"),
+    *("norm_share_lo", "norm_share_hi", "displacement_lo", "displacement_hi"),
 ]
 CONTRAST_COLUMNS = [
     *("baseline", "cell", "intervention", *SLICE, "documents", "windows", "diff", "diff_lo", "diff_hi"),
     *("p", "p_holm", "tost_p", "trained_dnll", "baseline_dnll", "verdict"),
+    *("family_size", "correction", "p_fdr"),
+    *("mass_diff", "mass_diff_lo", "mass_diff_hi", "mass_p", "mass_p_holm", "mass_p_fdr", "mass_verdict"),
 ]
+BANDS = ("early", "mid", "late")
+_BOUNDED = ["mass", "norm_share", "displacement"]  # those with intervals over documents
 # A wrap's uniform routing equals |F| / S to this precision only, and that is not an excess.
 MASS_TOLERANCE = 1e-6
 
@@ -139,21 +149,50 @@ def grid_candidates(effects: pd.DataFrame, eligibility: pd.DataFrame) -> pd.Data
     return grid.sort_values("model", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
-def _family_size(candidates: int, excluded: int, tested: int, config: StatisticsConfig) -> int:
-    """Tests in a Holm family: the preregistered candidates less those known to be excluded by the
-    architecture.
+def place_kind(band: str) -> str:
+    """What sort of place a cell is at: "band", or the word in front of its number ("layer", "block", "read")."""
+    places = band.split("+")
+    if all(place in BANDS for place in places):
+        return "band"
+    match = re.match(r"[a-z]+", places[0])
+    return match[0] if match else places[0]
 
-    Candidates of other jobs that this one does not list count as tested, which can only make the correction
-    stricter.
+
+def correction_of(kind: str) -> Literal["holm", "fdr_bh"]:
+    """Holm over a grid of bands, whose cells are claims; Benjamini-Hochberg over a map of finer places."""
+    return "holm" if kind == "band" else "fdr_bh"
+
+
+def _families(
+    grid: pd.DataFrame, config: StatisticsConfig
+) -> Iterator[tuple[pd.Index, int, Literal["holm", "fdr_bh"]]]:
+    """Families of tests within one model: (rows that were tested, size of the family, correction).
+
+    A family is an intervention at one kind of place. Its size is the number of candidates less those excluded. Where
+    the preregistered grid has more candidates than are listed here, because other jobs run them, each family is
+    taken to have all of those too, which can only make the correction stricter.
+
+    Args:
+        grid: the model's candidates, with `eligible` and `ran`.
+        config: `grid_cells`, and flips that must resolve the family.
     """
-    size = (config.grid_cells or candidates) - excluded
-    if size < tested:
-        raise ConfigError(
-            f"statistics.grid_cells={config.grid_cells} leaves {size} cells to test after {excluded} "
-            f"exclusions, but {tested} were tested: set it to the candidates of the whole preregistered grid"
-        )
-    config.require_resolution(max(size, 1))
-    return size
+    unlisted = config.grid_cells - len(grid) if config.grid_cells else 0
+    for (_, kind), rows in grid.groupby(["intervention", grid["band"].map(place_kind)], sort=False):
+        tested = rows.index[rows["eligible"] & rows["ran"]]
+        excluded = int((~rows["eligible"]).sum())
+        size = len(rows) + unlisted - excluded
+        if size < len(tested):
+            raise ConfigError(
+                f"statistics.grid_cells={config.grid_cells} leaves {size} cells to test after {excluded} "
+                f"exclusions, but {len(tested)} were tested: set it to the candidates of the whole preregistered grid"
+            )
+        config.require_resolution(max(size, 1))
+        yield tested, size, correction_of(kind)
+
+
+def _adjusted(table: pd.DataFrame, here: pd.Index, name: str, size: int, correction: Literal["holm", "fdr_bh"]) -> None:
+    """Adds the adjusted p of `name` in the rows `here`, as `<name>_holm` or `<name>_fdr`."""
+    table.loc[here, f"{name}_{correction.removesuffix('_bh')}"] = adjust_p(table.loc[here, name], size, correction)
 
 
 def _interval(values: np.ndarray, config: StatisticsConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -170,10 +209,12 @@ def cell_table(
     """Statistics and verdict of each cell: the table `cells.csv`.
 
     Verdicts, in this order: "excluded"; "null" if TOST on dNLL and the upper test on KL both pass the margin,
-    even where p is small; "causal" if Holm's p of dNLL or of "KL exceeds the margin" is at most alpha; else
-    "inconclusive", with `documents_needed`. Holm runs within a model, over the preregistered grid (see
-    `StatisticsConfig.grid_cells` and `adjust_p`). Candidates that are eligible but were not run (part of a
-    grid) have no row.
+    even where p is small; "causal" if the adjusted p of dNLL or of "KL exceeds the margin" is at most alpha; else
+    "inconclusive", with `documents_needed`. Cells at bands are corrected by Holm, within a model and an intervention,
+    over the preregistered grid; maps of layers, blocks or reads by Benjamini-Hochberg, within a model, an
+    intervention and a kind of place (`correction` says which, and `p_holm` or `p_fdr` holds it; see
+    `StatisticsConfig.grid_cells` and `adjust_p`). Candidates that are eligible but were not run (part of a grid) have
+    no row.
 
     Args:
         effects: one row per model x cell x window, both splits; dnll and kl in nats/token.
@@ -207,39 +248,43 @@ def cell_table(
         found["dnll_lo"], found["dnll_hi"] = _interval(dnll, config)
         found["kl_lo"], found["kl_hi"] = _interval(kl, config)
         found["p"] = sign_flip_p(dnll, config.sign_flips, config.seed)
-        found["tost_p"] = equivalence_p(dnll, config.margin)
-        found["kl_upper_p"] = one_sided_p(kl, config.margin, "less")
-        found["kl_lower_p"] = one_sided_p(kl, config.margin, "greater")
-        for model, rows in grid.groupby("model"):
-            mine = tested["model"] == model
-            here = tested.index[mine]
-            size = _family_size(len(rows), int((~rows["eligible"]).sum()), len(here), config)
-            if len(here) == 0:
-                continue
-            found.loc[here, "p_holm"] = adjust_p(found.loc[here, "p"], size)
-            found.loc[here, "kl_lower_holm"] = adjust_p(found.loc[here, "kl_lower_p"], size)
-            found.loc[here, "documents_needed"] = documents_needed(dnll[:, mine], kl[:, mine], size, config)
+        found = found.assign(**margin_tests(dnll, kl, config.margin)._asdict())
+        found["correction"] = ""
+        place = pd.Series(range(len(found)), index=found.index)
+        for _, rows in grid.groupby("model", sort=False):
+            for here, size, correction in _families(rows, config):
+                if len(here) == 0:
+                    continue
+                _adjusted(found, here, "p", size, correction)
+                _adjusted(found, here, "kl_lower_p", size, correction)
+                found.loc[here, "family_size"], found.loc[here, "correction"] = size, correction
+                mine = place[here].to_numpy()
+                found.loc[here, "documents_needed"] = documents_needed(dnll[:, mine], kl[:, mine], size, config)
+        found = found.rename(columns={"kl_lower_p_holm": "kl_lower_holm", "kl_lower_p_fdr": "kl_lower_fdr"})
         grid = grid.join(found)
     grid = grid[~grid["eligible"] | grid["ran"]]
     grid = _with_mass(grid, mass, config, split).reindex(columns=CELL_COLUMNS)
-    eligible = grid["eligible"].to_numpy(dtype=bool)
-    null = (grid["tost_p"] <= config.alpha) & (grid["kl_upper_p"] <= config.alpha)
-    causal = (grid["p_holm"] <= config.alpha) | (grid["kl_lower_holm"] <= config.alpha)
-    grid["verdict"] = np.select([~eligible, null, causal], ["excluded", "null", "causal"], "inconclusive")
+    # Of the two corrections, each row has one.
+    adjusted = grid["p_holm"].fillna(grid["p_fdr"]), grid["kl_lower_holm"].fillna(grid["kl_lower_fdr"])
+    verdicts = cell_verdicts(grid["tost_p"], grid["kl_upper_p"], *adjusted, config.alpha)
+    grid["verdict"] = np.where(grid["eligible"].to_numpy(dtype=bool), verdicts, "excluded")
+    grid["correction"] = grid["correction"].fillna("")
     needed = grid["documents_needed"].where((grid["verdict"] == "inconclusive") & np.isfinite(grid["documents_needed"]))
     grid["documents_needed"] = needed.astype("Int64")
-    return grid.astype({"documents": "Int64", "windows": "Int64"}).reset_index(drop=True)
+    return grid.astype({"documents": "Int64", "windows": "Int64", "family_size": "Int64"}).reset_index(drop=True)
 
 
 def _with_mass(grid: pd.DataFrame, mass: pd.DataFrame, config: StatisticsConfig, split: str) -> pd.DataFrame:
     """`grid` with the mass of each cell's slice; NaN, and not appreciable, where an excluded cell has
     none."""
     if len(mass) == 0:
-        summary = pd.DataFrame(columns=["model", *SLICE, *MASSES, "mass_lo", "mass_hi"])
+        bounds = [f"{name}_{side}" for name in _BOUNDED for side in ("lo", "hi")]
+        summary = pd.DataFrame(columns=["model", *SLICE, *MASSES, *bounds])
     else:
         means, _ = document_means(mass, ["model", *SLICE], MASSES, split)
         summary = pd.DataFrame({name: means[name].mean() for name in MASSES})
-        summary["mass_lo"], summary["mass_hi"] = _interval(means["mass"].to_numpy(), config)
+        for name in _BOUNDED:
+            summary[f"{name}_lo"], summary[f"{name}_hi"] = _interval(means[name].to_numpy(), config)
         summary = summary.reset_index()
     grid = grid.merge(summary, how="left", on=["model", *SLICE])
     # What is done to a whole read, or to several slices at once, has no mass of its own.
@@ -261,14 +306,17 @@ def contrast_table(
     config: StatisticsConfig,
     trained: str = "attnres",
     split: str = "confirm",
+    mass: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Paired contrasts of dNLL, trained model less baseline, with every other model in turn: the table
+    """Paired contrasts of dNLL, and of mass, trained model less baseline, with every other model in turn: the table
     `contrasts.csv`.
 
-    Windows are paired, then averaged by document. Each baseline has its own Holm family: the cells eligible
-    in both models. Verdicts, in this order (as for cells, what is within the margin is not called a
-    difference): "equivalent" if TOST passes the margin, "trained larger" or "baseline larger" (of signed
-    dNLL) if Holm's p is at most alpha, else "inconclusive".
+    Windows are paired, then averaged by document. Each baseline has its own families, as in `cell_table`, of the
+    cells eligible in both models; effect and mass are judged separately, because what was learned of one may not show
+    in the other. Verdicts on effect, in this order (as for cells, what is within the margin is not called a
+    difference): "equivalent" if TOST passes the margin, "trained larger" or "baseline larger" (of signed dNLL) if the
+    adjusted p is at most alpha, else "inconclusive". Verdicts on mass: "equal" if no document differs by more than
+    rounding, else the last three.
 
     Args:
         effects: one row per model x cell x window, both splits; dnll in nats/token.
@@ -276,6 +324,7 @@ def contrast_table(
         config: margin, level, resampling, size of the grid.
         trained: name of the trained model.
         split: the split that is tested.
+        mass: one row per model x slice x window; None leaves the columns of mass empty.
 
     Returns:
         One row per baseline x cell that is eligible in both and was run on both, columns `CONTRAST_COLUMNS`;
@@ -294,9 +343,10 @@ def contrast_table(
     for baseline in (model for model in models if model != trained):
         other = grid.loc[grid["model"] == baseline, ["cell", "eligible", "ran"]]
         pairs = mine.merge(other, on="cell", suffixes=("", "_other"))
-        both = pairs["eligible"] & pairs["eligible_other"]
-        cells = pairs[both & pairs["ran"] & pairs["ran_other"]].reset_index(drop=True)
-        size = _family_size(len(pairs), int((~both).sum()), len(cells), config)
+        pairs["eligible"] &= pairs["eligible_other"]
+        pairs["ran"] &= pairs["ran_other"]
+        families = list(_families(pairs, config))
+        cells = pairs[pairs["eligible"] & pairs["ran"]]
         if len(cells) == 0:
             continue
         of_pair = effects[effects["model"].isin([trained, baseline]) & effects["cell"].isin(cells["cell"])]
@@ -304,7 +354,6 @@ def contrast_table(
         ours, theirs = (means["dnll"][name][cells["cell"]].to_numpy() for name in (trained, baseline))
         diff = ours - theirs
         low, high = _interval(diff, config)
-        p = sign_flip_p(diff, config.sign_flips, config.seed)
         table = cells.assign(
             baseline=baseline,
             documents=len(means),
@@ -312,17 +361,55 @@ def contrast_table(
             diff=diff.mean(axis=0),
             diff_lo=low,
             diff_hi=high,
-            p=p,
-            p_holm=adjust_p(p, size),
+            p=sign_flip_p(diff, config.sign_flips, config.seed),
             tost_p=equivalence_p(diff, config.margin),
             trained_dnll=ours.mean(axis=0),
             baseline_dnll=theirs.mean(axis=0),
+            correction="",
         )
-        different = table["p_holm"] <= config.alpha
-        table["verdict"] = np.select(
-            [table["tost_p"] <= config.alpha, different & (table["diff"] > 0), different],
-            ["equivalent", "trained larger", "baseline larger"],
-            "inconclusive",
-        )
-        tables.append(table[CONTRAST_COLUMNS])
-    return pd.concat(tables[1:] or tables, ignore_index=True)
+        if mass is not None:
+            table = _with_mass_contrast(table, mass, trained, baseline, config, split)
+        for here, size, correction in families:
+            table.loc[here, "family_size"], table.loc[here, "correction"] = size, correction
+            _adjusted(table, here, "p", size, correction)
+            if mass is not None:
+                massive = here[table.loc[here, "mass_p"].notna()]
+                _adjusted(table, massive, "mass_p", size, correction)
+        table = table.reindex(columns=CONTRAST_COLUMNS)
+        equivalent = table["tost_p"] <= config.alpha
+        table["verdict"] = np.where(equivalent, "equivalent", _larger(table, "diff", "p", config.alpha))
+        if mass is not None:
+            equal = table["mass_p"] == 1.0
+            larger = _larger(table, "mass_diff", "mass_p", config.alpha)
+            table["mass_verdict"] = np.select([table["mass_p"].isna(), equal], ["", "equal"], larger)
+        tables.append(table)
+    table = pd.concat(tables[1:] or tables, ignore_index=True)
+    return table.astype({"family_size": "Int64"})
+
+
+def _larger(table: pd.DataFrame, difference: str, p: str, alpha: float) -> NDArray[np.str_]:
+    """The side on which `difference` was shown to be larger; "inconclusive" elsewhere."""
+    different = table[f"{p}_holm"].fillna(table[f"{p}_fdr"]) <= alpha
+    above = table[difference] > 0
+    return np.select([different & above, different], ["trained larger", "baseline larger"], "inconclusive")
+
+
+def _with_mass_contrast(
+    table: pd.DataFrame, mass: pd.DataFrame, trained: str, baseline: str, config: StatisticsConfig, split: str
+) -> pd.DataFrame:
+    """`table` with the paired difference of the mass of each cell's slice; NaN where a slice has none in both."""
+    of_pair = mass[mass["model"].isin([trained, baseline])]
+    shared = of_pair[[*SLICE, "model"]].drop_duplicates().groupby(SLICE).size()
+    slices = pd.MultiIndex.from_frame(table[SLICE])
+    there = slices.isin(shared.index[shared == 2])
+    found = pd.DataFrame(index=table.index[there])
+    if len(found):
+        kept = pd.MultiIndex.from_frame(of_pair[SLICE]).isin(slices[there])
+        means, _ = document_means(of_pair[kept], ["model", *SLICE], ["mass"], split)
+        difference = (means["mass"][trained][slices[there]] - means["mass"][baseline][slices[there]]).to_numpy()
+        # A wrap's schedule and weights that were learned to equal it differ by rounding, which is no difference.
+        difference = np.where(np.abs(difference).max(axis=0) <= MASS_TOLERANCE, 0.0, difference)
+        found["mass_diff"] = difference.mean(axis=0)
+        found["mass_diff_lo"], found["mass_diff_hi"] = _interval(difference, config)
+        found["mass_p"] = sign_flip_p(difference, config.sign_flips, config.seed)
+    return table.join(found.reindex(columns=["mass_diff", "mass_diff_lo", "mass_diff_hi", "mass_p"]))

@@ -52,12 +52,23 @@ def test_statistics_config_refuses_a_grid_that_its_flips_cannot_resolve():
         StatisticsConfig(sign_flips=999, grid_cells=51)
 
 
-@pytest.mark.parametrize("documents", [2, 5, 9])
+def corrected_mean(x, axis):
+    """Hall's cubic of t / sqrt(n) in its closed form, a cube, with the skewness of values held within 4 rms."""
+    n, mean = x.shape[axis], x.mean(axis)
+    rms = np.sqrt((x**2).mean(axis))
+    held = np.clip(x, -4 * np.expand_dims(rms, axis), 4 * np.expand_dims(rms, axis))
+    inner = np.where(held == x, x**2, 0.0).mean(axis)
+    deviation = x.std(axis)
+    gamma = ((held**3).mean(axis) - 3 * mean * inner + 2 * mean**3) / deviation**3
+    return ((1 + gamma * mean / deviation / 3) ** 3 - 1) / gamma + gamma / (6 * n)
+
+
+@pytest.mark.parametrize("documents", [3, 5, 9])
 @pytest.mark.parametrize("alternative", ["two-sided", "greater"])
 def test_sign_flip_is_exact_with_few_documents(documents, alternative):
     data = values(documents, 6, mean=0.4)
-    # scipy doubles the smaller tail for "two-sided"; the test of |mean| is its "greater" on that statistic.
-    statistic = (lambda x, axis: np.abs(x.mean(axis))) if alternative == "two-sided" else np.mean
+    # scipy doubles the smaller tail for "two-sided"; the test of |statistic| is its "greater" on that.
+    statistic = (lambda x, axis: np.abs(corrected_mean(x, axis))) if alternative == "two-sided" else corrected_mean
     expected = stats.permutation_test(
         (data,), statistic, permutation_type="samples", alternative="greater", n_resamples=np.inf, axis=0
     ).pvalue
@@ -65,10 +76,10 @@ def test_sign_flip_is_exact_with_few_documents(documents, alternative):
 
 
 def test_sign_flip_agrees_with_scipy_to_monte_carlo_error():
-    data = values(40, 5, mean=0.25)
+    data = np.random.default_rng(0).gamma(0.3, size=(40, 5)) - np.array([0.02, 0.1, 0.2, 0.3, 0.4])
     expected = stats.permutation_test(
         (data,),
-        lambda x, axis: np.abs(x.mean(axis)),
+        lambda x, axis: np.abs(corrected_mean(x, axis)),
         permutation_type="samples",
         alternative="greater",
         n_resamples=4999,
@@ -77,7 +88,24 @@ def test_sign_flip_agrees_with_scipy_to_monte_carlo_error():
         rng=np.random.default_rng(3),
     ).pvalue
     error = np.sqrt(expected * (1 - expected) * (1 / 4999 + 1 / 9999))
+    assert expected.min() < 0.1 < 0.4 < expected.max()
     assert np.all(np.abs(sign_flip_p(data, 9999, 0) - expected) < 4 * error + 2e-4)
+
+
+def test_sign_flip_holds_level_far_in_the_tail_of_skewed_values_where_the_bare_mean_does_not():
+    data = np.random.default_rng(3).exponential(size=(96, 6000)) - 1
+    student = stats.ttest_1samp(data, 0.0).pvalue
+    rejected = (sign_flip_p(data[:, student <= 0.02], 1999, 0) <= 0.05 / 24).sum()
+    assert rejected <= stats.binom.ppf(0.999, 6000, 0.05 / 24) < (student <= 0.05 / 24).sum()
+
+
+def test_sign_flip_does_not_depend_on_the_unit_nor_on_the_sign():
+    data = np.random.default_rng(4).gamma(0.5, size=(30, 4)) - 0.3
+    p = sign_flip_p(data, 999, 0)
+    np.testing.assert_array_equal(sign_flip_p(1e-160 * data, 999, 0), p)
+    np.testing.assert_array_equal(sign_flip_p(1e120 * data, 999, 0), p)
+    few = sign_flip_p(data[:8], 999, 0)
+    np.testing.assert_array_equal(sign_flip_p(-data[:8], 999, 0), few)
 
 
 def test_sign_flip_smallest_p_counts_the_observed_pattern():

@@ -17,6 +17,8 @@ from attnres.probe.statistics import (
     contrast_table,
 )
 
+# Not inconclusive; corrected by Holm.
+MAY_BE_EMPTY = ("documents_needed", "p_fdr", "kl_lower_fdr")
 QUICK = StatisticsConfig(sign_flips=999, bootstrap=100)
 SLICES = [(family, "mlp", band) for family in ("embedding", "current", "older") for band in ("early", "late")]
 EXCLUDED = ("older", "mlp", "early")
@@ -112,7 +114,7 @@ def test_cell_table_has_a_row_per_candidate_in_the_order_of_eligibility():
     assert excluded[["dnll", "p", "p_holm", "mass", "documents_needed"]].isna().all(axis=None)
     assert not excluded["appreciable"].any()
     tested = table[table["eligible"]]
-    assert not tested[[column for column in CELL_COLUMNS if column != "documents_needed"]].isna().any(axis=None)
+    assert not tested[[column for column in CELL_COLUMNS if column not in MAY_BE_EMPTY]].isna().any(axis=None)
     assert set(tested["documents"]) == {DOCUMENTS} and set(tested["windows"]) == {2 * DOCUMENTS}
 
 
@@ -217,21 +219,57 @@ def test_cell_table_corrects_part_of_a_grid_over_the_whole():
         assert tested.loc["attnres", "p_holm"].min() == pytest.approx(by_hand)
 
 
-def test_cell_table_counts_interventions_into_the_grid():
+def renamed(tables, intervention, bands=None):
+    """The same tables as if another intervention, or the same at other places, had given them."""
+    out = []
+    for table in tables:
+        band = table["band"].map(bands) if bands else table["band"]
+        cell = intervention + ":" + table["family"] + "@" + table["sublayer"] + "." + band
+        out.append(table.assign(intervention=intervention, band=band, cell=cell))
+    return out
+
+
+def test_cell_table_corrects_each_intervention_over_its_own_grid():
     effects, mass, eligibility = random_tables()
-    more, listed = (
-        table.assign(intervention="scale:0.5", cell=table["cell"].str.replace("mask", "scale:0.5"))
-        for table in (effects, eligibility)
-    )
+    more, listed = renamed((effects, eligibility), "scale:0.5")
     both = cell_table(pd.concat([effects, more]), mass, pd.concat([eligibility, listed]), QUICK)
     alone = cell_table(effects, mass, eligibility, QUICK)
-    assert len(both) == 2 * len(alone)
-    assert "scale:0.5:older@mlp.early" in set(both["cell"])
-    of_mask = both[both["intervention"] == "mask"].set_index(["model", "cell"])
-    alone = alone.set_index(["model", "cell"])
-    smallest = alone.loc["attnres", "p"].idxmin()
-    expected = min(2 * 5 * alone.loc[("attnres", smallest), "p"], 1.0)
-    assert of_mask.loc[("attnres", smallest), "p_holm"] == pytest.approx(expected)
+    assert len(both) == 2 * len(alone) and "scale:0.5:older@mlp.early" in set(both["cell"])
+    of_mask = both[both["intervention"] == "mask"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(of_mask, alone)
+    assert set(alone["family_size"].dropna()) == {5}
+
+
+def test_cell_table_corrects_maps_by_benjamini_hochberg():
+    effects, mass, eligibility = random_tables()
+    layers = {"early": "layer0", "late": "layer5"}
+    more, listed = renamed((effects, eligibility), "mask", layers)
+    masses = pd.concat([mass, mass.assign(band=mass["band"].map(layers))])
+    table = cell_table(pd.concat([effects, more]), masses, pd.concat([eligibility, listed]), QUICK)
+    of_bands, of_layers = (
+        table[table["band"].str.startswith("layer") == flag].reset_index(drop=True) for flag in (0, 1)
+    )
+    alone = cell_table(effects, mass, eligibility, QUICK)
+    pd.testing.assert_frame_equal(of_bands, alone)
+    assert set(of_layers["correction"]) == {"fdr_bh", ""} and of_layers["p_holm"].isna().all()
+    for _, rows in of_layers[of_layers["eligible"]].groupby("model"):
+        assert rows["p_fdr"].to_numpy() == pytest.approx(multipletests(rows["p"], method="fdr_bh")[1])
+        causal = (rows["p_fdr"] <= 0.05) | (rows["kl_lower_fdr"] <= 0.05)
+        assert (causal >= (rows["verdict"] == "causal")).all()
+
+
+def test_contrast_table_judges_mass_apart_from_effect():
+    effects, mass, eligibility = random_tables()
+    alike = contrast_table(effects, eligibility, QUICK, mass=mass)
+    without = contrast_table(effects, eligibility, QUICK)
+    same = [column for column in CONTRAST_COLUMNS if not column.startswith("mass")]
+    pd.testing.assert_frame_equal(alike[same], without[same])
+    assert without["mass_p"].isna().all() and set(alike["mass_verdict"]) == {"equal"}
+    larger = mass["mass"] + np.where((mass["model"] == "attnres") & (mass["family"] == "older"), 0.1, 1e-9)
+    table = contrast_table(effects, eligibility, QUICK, mass=mass.assign(mass=larger)).set_index("family")
+    assert table.loc["older", "mass_verdict"] == "trained larger"
+    assert table.loc["older", "mass_diff"] == pytest.approx(0.1)
+    assert set(table.loc["embedding", "mass_verdict"]) == {"equal"}
 
 
 def test_tables_read_one_split():

@@ -1,0 +1,428 @@
+"""Error rates and power of the probe's statistics, measured by simulation with the probe's own functions.
+
+    python -m attnres.probe.power          a few seconds: a sketch
+    python -m attnres.probe.power --full   enough replicates for the bounds; tens of minutes on one core
+
+Each scenario draws tables of documents x cells whose truth is known, in nats/token, and counts how often the tests
+that the report's verdicts rest on say something. Error rates must have a 99% binomial upper bound (Clopper-Pearson,
+one-sided) of at most 0.06 at level .05, and power a lower bound of at least 0.9; scenarios of kind "shown" bound
+nothing: they show a limit, or what would go wrong otherwise. Intervals (BCa) take no part in verdicts, and are left
+out but for their own coverage. Seeds are fixed: the same command gives the same numbers.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from attnres.config import to_plain
+from attnres.errors import NumericsError
+from attnres.probe.dissociation import paired_differences, pick_cells
+from attnres.probe.inference import (
+    Floats,
+    StatisticsConfig,
+    adjust_p,
+    bca_interval,
+    cell_verdicts,
+    margin_tests,
+    sign_flip_p,
+)
+from attnres.provenance import write_json, write_text
+
+Kind = Literal["error", "power", "shown"]
+Outcomes = NDArray[np.bool_]
+Outcome = Callable[[np.random.Generator, int, StatisticsConfig], Outcomes]
+
+ERROR_LIMIT, POWER_LIMIT, CONFIDENCE = 0.06, 0.9, 0.99
+CELLS, SUBLAYER_CELLS = 24, 12
+_SEED = 2026
+_DEFAULTS = StatisticsConfig()
+# Wide enough that equivalence, which is judged first, cannot hide a false positive.
+_WIDE, _NARROW = 0.5, 0.02  # nats/token, standard deviation over documents
+# See `flip_p`: Holm over a grid decides near .05 / 24, over two sublayer types up to .05.
+_GRID_STAGES = ((99, 0.06), (999, 0.01))
+_PAIR_STAGES = ((299, 0.1),)
+_SKETCH = 40
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    return rng.normal(size=shape)
+
+
+def _heavy(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    return rng.standard_t(3, size=shape) / np.sqrt(3)
+
+
+def _skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    return rng.exponential(size=shape) - 1
+
+
+def _left_skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    return -_skewed(rng, shape)
+
+
+Draw = Callable[[np.random.Generator, tuple[int, ...]], Floats]
+# Mean 0 and standard deviation 1 each.
+DISTRIBUTIONS: dict[str, Draw] = {
+    "normal": _normal,
+    "heavy-tailed (t, 3 df)": _heavy,
+    "skewed (exponential)": _skewed,
+    "skewed to the left": _left_skewed,
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One thing to measure.
+
+    Attributes:
+        name: what is counted, and under which truth.
+        kind: "error" and "power" are held against a bound, "shown" is not.
+        distribution: of values over documents; a key of `DISTRIBUTIONS`.
+        documents: how many.
+        draw: (rng, replicates, config) -> one outcome per replicate.
+        replicates: in the full run.
+        chunk: replicates drawn at a time; their flips are shared, the next chunk has others.
+    """
+
+    name: str
+    kind: Kind
+    distribution: str
+    documents: int
+    draw: Outcome
+    replicates: int
+    chunk: int = 100
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate that was measured: `low` and `high` are one-sided 99% bounds; `met` is None where nothing is asked."""
+
+    scenario: str
+    kind: Kind
+    distribution: str
+    documents: int
+    replicates: int
+    count: int
+    rate: float
+    low: float
+    high: float
+    met: bool | None
+    seconds: float
+
+
+def measure(scenario: Scenario, replicates: int, config: StatisticsConfig = _DEFAULTS) -> Rate:
+    """Count a scenario's outcome over replicates."""
+    begun, count, done = time.perf_counter(), 0, 0
+    key = zlib.crc32(f"{scenario.name}, {scenario.distribution}".encode())
+    while done < replicates:
+        size = min(scenario.chunk, replicates - done)
+        rng = np.random.default_rng([_SEED, key, scenario.documents, done])
+        outcomes = scenario.draw(rng, size, replace(config, seed=done))
+        assert outcomes.shape == (size,)
+        count += int(outcomes.sum())
+        done += size
+    low = stats.binomtest(count, replicates, alternative="greater").proportion_ci(CONFIDENCE, "exact").low
+    high = stats.binomtest(count, replicates, alternative="less").proportion_ci(CONFIDENCE, "exact").high
+    met = {"error": high <= ERROR_LIMIT, "power": low >= POWER_LIMIT, "shown": None}[scenario.kind]
+    return Rate(
+        *(scenario.name, scenario.kind, scenario.distribution, scenario.documents, replicates, count),
+        *(count / replicates, float(low), float(high), None if met is None else bool(met)),
+        time.perf_counter() - begun,
+    )
+
+
+def flip_p(
+    values: Floats,
+    config: StatisticsConfig,
+    stages: Sequence[tuple[int, float]],
+    alternative: Literal["two-sided", "greater"] = "two-sided",
+) -> Floats:
+    """`sign_flip_p` with all of the flips where fewer do not yet show that p is too large to matter.
+
+    Args:
+        values: [documents, columns].
+        config: flips and seed.
+        stages: (flips, limit): columns whose p from these flips is at most the limit go on to the next stage. Limits
+            have to be several standard errors above the p at which decisions fall.
+        alternative: as in `sign_flip_p`.
+    """
+    p = np.ones(values.shape[1])
+    near = np.arange(values.shape[1])
+    for flips, limit in (*stages, (config.sign_flips, 0.0)):
+        if len(near):
+            p[near] = sign_flip_p(values[:, near], flips, config.seed, alternative)
+            near = near[p[near] <= limit]
+    return p
+
+
+def verdicts(dnll: Floats, kl: Floats, cells: int, config: StatisticsConfig) -> NDArray[np.str_]:
+    """Verdicts of grids as `cells.csv` gives them: [grids, cells] from [documents, grids * cells]."""
+    tests = margin_tests(dnll, kl, config.margin)
+    adjusted = _holm(flip_p(dnll, config, _GRID_STAGES), cells), _holm(tests.kl_lower_p, cells)
+    return cell_verdicts(tests.tost_p, tests.kl_upper_p, *adjusted, config.alpha).reshape(-1, cells)
+
+
+def _holm(p: Floats, cells: int) -> Floats:
+    return np.concatenate([adjust_p(grid, cells) for grid in p.reshape(-1, cells)])
+
+
+def family_wise(
+    draw: Draw,
+    documents: int,
+    shared: float = 0.0,
+    windows: int = 1,
+    unit: Literal["document", "window"] = "document",
+    kl_at_margin: bool = False,
+    varies: bool = True,
+) -> Outcome:
+    """Any "causal" verdict in a grid without effects.
+
+    Args:
+        draw: distribution over documents.
+        documents: how many.
+        shared: share of the variance that is common: to the cells of a document, or, where there are several windows,
+            to the windows of a document.
+        windows: of each document.
+        unit: what the tests take as one observation; "window" is the mistake that the probe avoids.
+        kl_at_margin: KL is exactly the margin in every cell (and skewed), the largest that is no effect.
+        varies: whether dNLL does; otherwise it is zero.
+    """
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        columns = replicates * CELLS
+        if windows > 1:
+            of_document = np.sqrt(shared) * draw(rng, (documents, 1, columns))
+            by_window = of_document + np.sqrt(1 - shared) * draw(rng, (documents, windows, columns))
+            values = by_window.mean(axis=1) if unit == "document" else by_window.reshape(-1, columns)
+        else:
+            of_document = np.sqrt(shared) * draw(rng, (documents, replicates, 1))
+            by_cell = of_document + np.sqrt(1 - shared) * draw(rng, (documents, replicates, CELLS))
+            values = by_cell.reshape(documents, columns)
+        kl = config.margin * rng.exponential(size=values.shape) if kl_at_margin else np.zeros_like(values)
+        return (verdicts(_WIDE * varies * values, kl, CELLS, config) == "causal").any(axis=1)
+
+    return outcomes
+
+
+def detection(draw: Draw, documents: int, d: float = 0.2, planted: int = 1) -> Outcome:
+    """The first of the `planted` cells of a grid, all of effect d standard deviations, is called causal."""
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        values = draw(rng, (documents, replicates, CELLS))
+        values[:, :, :planted] += d
+        flat = _WIDE * values.reshape(documents, -1)
+        return verdicts(flat, np.zeros_like(flat), CELLS, config)[:, 0] == "causal"
+
+    return outcomes
+
+
+def null_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "dnll") -> Outcome:
+    """The verdict "null" of a cell whose mean dNLL, or whose mean KL, is exactly the margin."""
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        shape = (documents, replicates)
+        if where == "dnll":
+            dnll = config.margin + _NARROW * draw(rng, shape)
+            kl = np.zeros(shape)
+        else:
+            dnll = 0.1 * _NARROW * rng.normal(size=shape)
+            kl = config.margin * (1 + draw(rng, shape))
+        tests = margin_tests(dnll, kl, config.margin)
+        never = np.ones(replicates)  # the other tests come later in the order of verdicts
+        return cell_verdicts(tests.tost_p, tests.kl_upper_p, never, never, config.alpha) == "null"
+
+    return outcomes
+
+
+def dissociation(draw: Draw, documents: int, pilot: int = 128, effect: float = 0.0, mass: float = 1.0) -> Outcome:
+    """Any sublayer type of a model (of two) is called dissociated.
+
+    Cell 0 has the larger mass by `mass`, and cell 1 the larger effect by `effect`, both in standard deviations of a
+    difference of two cells over documents; the other cells have neither.
+    """
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        differences, tested = [], []
+        scale = np.sqrt(2)
+        for replicate in range(replicates):
+            for sublayer in range(2):
+                values = {}
+                for split, count in (("pilot", pilot), ("confirm", documents)):
+                    masses = 0.2 + 0.05 * draw(rng, (count, SUBLAYER_CELLS))
+                    masses[:, 0] += 0.05 * scale * mass
+                    effects = _WIDE * (1 + draw(rng, (count, SUBLAYER_CELLS)))
+                    effects[:, 1] += _WIDE * scale * effect
+                    values[split] = masses, effects
+                picks = pick_cells(*(value.mean(axis=0) for value in values["pilot"]))
+                if picks is not None and picks[0] != picks[1]:
+                    differences.append(paired_differences(*values["confirm"], *picks))
+                    tested.append(2 * replicate + sublayer)
+        p = np.ones(2 * replicates)
+        if tested:
+            p[tested] = (
+                flip_p(np.concatenate(differences, axis=1), config, _PAIR_STAGES, "greater").reshape(-1, 2).max(axis=1)
+            )
+        return np.any(_holm(p, 2).reshape(-1, 2) <= config.alpha, axis=1)
+
+    return outcomes
+
+
+def interval_misses(draw: Draw, documents: int) -> Outcome:
+    """A 95% BCa interval does not hold the true mean."""
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        low, high = bca_interval(draw(rng, (documents, replicates)), config.bootstrap, 1 - config.alpha, config.seed)
+        return np.logical_or(low > 0, high < 0)
+
+    return outcomes
+
+
+def student_family_wise(draw: Draw, documents: int) -> Outcome:
+    """Any p of Student's t at most alpha after Holm in a grid without effects."""
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        p = stats.ttest_1samp(draw(rng, (documents, replicates * CELLS)), 0.0).pvalue
+        return np.any(_holm(p, CELLS).reshape(-1, CELLS) <= config.alpha, axis=1)
+
+    return outcomes
+
+
+def scenarios() -> list[Scenario]:
+    """Everything that is measured, in the order of the table."""
+    normal, heavy, skewed, left = DISTRIBUTIONS
+    none = f"any of {CELLS} cells is causal, none has an effect"
+    several = f"{none}; 8 windows a document share half of their variance"
+    kl = f"any of {CELLS} cells is causal, KL at the margin"
+    quiet = partial(family_wise, kl_at_margin=True)
+    alike, by_window = partial(family_wise, shared=0.5), partial(family_wise, shared=0.5, windows=8)
+    naive = partial(by_window, unit="window")
+    detected = f"an effect of d = 0.2 in one of {CELLS} cells is causal"
+    kl_limit = partial(null_at_margin, where="kl")
+    differing = partial(dissociation, effect=0.3)
+    apart = "a sublayer type is dissociated"
+    # What, kind, distributions, documents, outcome from (distribution, documents), replicates, and how many at a time.
+    plan: list[tuple[str, Kind, Sequence[str], Sequence[int], Callable[[Draw, int], Outcome], int, int]] = [
+        (none, "error", (normal, heavy, skewed), (512,), family_wise, 6_000, 50),
+        (none, "error", (normal, heavy, skewed), (96,), family_wise, 10_000, 50),
+        (f"{none}; Student's t instead", "shown", (skewed,), (96, 512), student_family_wise, 2_000, 50),
+        (f"{none}; cells share half of their variance", "error", (normal,), (96,), alike, 6_000, 50),
+        (several, "error", (normal, heavy), (60,), by_window, 6_000, 50),
+        (f"{several}; windows taken as units", "shown", (normal,), (60,), naive, 500, 25),
+        (f"{kl}, dNLL zero", "error", (skewed,), (96, 512), partial(quiet, varies=False), 6_000, 100),
+        (f"{kl} and dNLL without effect: both tests at their limit", "shown", (skewed,), (96,), quiet, 4_000, 50),
+        (detected, "power", (normal,), (512,), detection, 2_000, 50),
+        (detected, "shown", (heavy, skewed, left), (512,), detection, 1_000, 50),
+        ("null, dNLL at the margin", "error", (normal, heavy, skewed, left), (96, 512), null_at_margin, 20_000, 1000),
+        ("null, KL at the margin", "error", (normal, skewed), (96, 512), kl_limit, 20_000, 1000),
+        (f"{apart}, effects alike", "error", (normal, skewed), (512,), dissociation, 6_000, 100),
+        (f"{apart}, effects differ by d = 0.3", "power", (normal,), (512,), differing, 1_000, 100),
+        ("a 95% BCa interval misses", "shown", (normal, heavy, skewed), (96, 512), interval_misses, 1_000, 500),
+    ]  # fmt: skip
+    return [
+        Scenario(
+            name, kind, distribution, documents, outcome(DISTRIBUTIONS[distribution], documents), replicates, chunk
+        )
+        for name, kind, distributions, counts, outcome, replicates, chunk in plan
+        for distribution in distributions
+        for documents in counts
+    ]
+
+
+def table(rates: Sequence[Rate]) -> str:
+    """The rates as a Markdown table."""
+    told = {"error": f"error, at most {ERROR_LIMIT}", "power": f"power, at least {POWER_LIMIT}", "shown": "shown"}
+    lines = [
+        "| what | values | documents | replicates | rate | 99% bounds | asked | met |",
+        "|---|---|---:|---:|---:|---|---|---|",
+    ]
+    for rate in rates:
+        met = {True: "yes", False: "NO", None: ""}[rate.met]
+        lines.append(
+            f"| {rate.scenario} | {rate.distribution} | {rate.documents} | {rate.replicates} | {rate.rate:.4f} "
+            f"| {rate.low:.4f} to {rate.high:.4f} | {told[rate.kind]} | {met} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _measure(place: int, replicates: int) -> Rate:
+    return measure(scenarios()[place], replicates)
+
+
+def run(folder: Path, full: bool, jobs: int = 1, progress: Callable[[Rate], None] = lambda rate: None) -> list[Rate]:
+    """Measure every scenario that `folder/power.json` has not yet, and write JSON and Markdown.
+
+    Args:
+        folder: written after every scenario, so that a run that was stopped goes on.
+        full: all replicates; otherwise a fortieth of them.
+        jobs: processes; what they find does not depend on how many there are.
+        progress: called with every new rate.
+    """
+    path = folder / "power.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = [Rate(**row) for row in json.loads(path.read_text())["rates"]] if path.is_file() else []
+    kept = {(rate.scenario, rate.distribution, rate.documents, rate.replicates): rate for rate in known}
+    found: dict[int, Rate] = {}
+    missing: list[tuple[int, int]] = []
+    for place, scenario in enumerate(scenarios()):
+        replicates = scenario.replicates if full else max(scenario.replicates // _SKETCH, 50)
+        rate = kept.get((scenario.name, scenario.distribution, scenario.documents, replicates))
+        if rate is None:
+            missing.append((place, replicates))
+        else:
+            found[place] = rate
+
+    def write() -> None:
+        setting: dict[str, Any] = {"seed": _SEED, "full": full, "statistics": to_plain(_DEFAULTS)}
+        write_json(path, setting | {"rates": [asdict(rate) for _, rate in sorted(found.items())]})
+        write_text(folder / "power.md", table([rate for _, rate in sorted(found.items())]))
+
+    if jobs == 1:
+        for place, replicates in missing:
+            found[place] = _measure(place, replicates)
+            progress(found[place])
+            write()
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            waiting = {pool.submit(_measure, place, replicates): place for place, replicates in missing}
+            for done in as_completed(waiting):
+                found[waiting[done]] = done.result()
+                progress(done.result())
+                write()
+    write()
+    return [rate for _, rate in sorted(found.items())]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m attnres.probe.power`: prints the table, and returns 5 where an error rate is not met."""
+    parser = argparse.ArgumentParser(prog="python -m attnres.probe.power", description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="enough replicates for the bounds")
+    parser.add_argument("--out", type=Path, default=Path("runs/power"), help="folder of power.json and power.md")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    given = parser.parse_args(arguments)
+
+    def tell(rate: Rate) -> None:
+        sys.stderr.write(
+            f"{rate.rate:.4f} in {rate.seconds:.0f} s: {rate.scenario}, {rate.distribution}, {rate.documents}\n"
+        )
+
+    rates = run(given.out, given.full, given.jobs, tell)
+    sys.stdout.write(table(rates))
+    # A sketch has too few replicates to show that a bound is met.
+    return NumericsError.code if given.full and any(rate.met is False for rate in rates) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
