@@ -1,12 +1,15 @@
 """The study's claims, each with its test on this run: tables in, verdicts out."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from attnres.probe.inference import StatisticsConfig, adjust_p, sign_flip_p
-from attnres.probe.statistics import document_means
+from attnres.probe.dissociation import which_predicts
+from attnres.probe.inference import StatisticsConfig, adjust_p
+from attnres.probe.motifs import motif_verdicts
+from attnres.probe.statistics import SLICE
 
 # The motifs that the study reports: (what it says, family, sublayer, band).
 MOTIFS = (
@@ -16,153 +19,302 @@ MOTIFS = (
     ("older history through late attention", "older", "attn", "late"),
 )
 TRAINED = "attnres"
+# The baseline that shares the source convention of a model trained here.
+SHARED = "uniform"
+REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = "reproduced", "not reproduced", "inconclusive", "not tested"
+Claim = dict[str, Any]
 
 
 def study_claims(
-    effects: pd.DataFrame,
     cells: pd.DataFrame,
     contrasts: pd.DataFrame,
     dissociation: pd.DataFrame,
+    motifs: pd.DataFrame,
+    spearman: pd.DataFrame,
     checks: list[dict[str, Any]],
     config: StatisticsConfig,
-) -> list[dict[str, str]]:
+) -> list[Claim]:
     """One row per claim: `claim`, `verdict` ("reproduced", "not reproduced", "inconclusive" or "not tested"),
-    `evidence`, `test`.
+    `evidence`, `test`, and `against`: {baseline: verdict}, for every other model in the tables.
+
+    A claim is about the trained model; against a baseline it is reproduced if it holds in the trained model and the
+    comparison with that baseline supports it, not reproduced if either is shown to fail, and otherwise inconclusive.
     """
     # The study masked; other interventions and the controls have cells of their own.
-    cells = cells[cells["intervention"] == "mask"]
+    cells, contrasts = (table[table["intervention"] == "mask"] for table in (cells, contrasts))
+    baselines = [str(model) for model in cells["model"].unique() if model != TRAINED]
     return [
         *_schedule_claims(checks),
-        *_motif_claims(effects, cells, contrasts, config),
-        *_dissociation_claims(dissociation),
-        _mass_without_role(cells),
+        *_motif_claims(cells, contrasts, motifs, baselines, config),
+        _training_claim(contrasts, motifs, baselines),
+        *_dissociation_claims(dissociation, baselines),
+        _mass_is_not_effect(dissociation, spearman, baselines),
+        _mass_without_role(cells, baselines),
+        _norm_claim(spearman, config),
     ]
 
 
-def _row(claim: str, verdict: str, evidence: str, test: str) -> dict[str, str]:
-    return {"claim": claim, "verdict": verdict, "evidence": evidence, "test": test}
+def baseline_disagreements(contrasts: pd.DataFrame) -> dict[str, Any]:
+    """Cells whose decided verdict differs between baselines: `cells` {cell: {baseline: verdict}} and `statement`."""
+    decided = contrasts[contrasts["verdict"] != INCONCLUSIVE]
+    found = {
+        str(cell): dict(zip(rows["baseline"], rows["verdict"], strict=True))
+        for cell, rows in decided.groupby("cell", sort=False)
+        if rows["verdict"].nunique() > 1
+    }
+    total = contrasts["cell"].nunique()
+    statement = (
+        f"the baselines disagree on {len(found)} of {total} cells; what training added is read from a baseline that "
+        f"shares the source convention ({SHARED})"
+        if found
+        else f"the baselines do not contradict each other on any of {total} cells"
+    )
+    return {"cells": found, "statement": statement}
 
 
-def _schedule_claims(checks: list[dict[str, Any]]) -> list[dict[str, str]]:
+def has_trained_routing(model: str) -> bool:
+    """Whether a control is one in which routing was trained: those of the same base or from scratch, but uniform."""
+    return model.startswith(("same_base", "scratch")) and "uniform" not in model
+
+
+def _claim(claim: str, verdict: str, evidence: str, test: str, against: Mapping[str, str]) -> Claim:
+    return {"claim": claim, "verdict": verdict, "evidence": evidence, "test": test, "against": dict(against)}
+
+
+def _both(ours: str, comparison: str) -> str:
+    """The verdict against a baseline, from that on the trained model and that on the comparison."""
+    if NOT_TESTED in (ours, comparison):
+        return NOT_TESTED
+    if NOT_REPRODUCED in (ours, comparison):
+        return NOT_REPRODUCED
+    return REPRODUCED if ours == comparison == REPRODUCED else INCONCLUSIVE
+
+
+def _schedule_claims(checks: list[dict[str, Any]]) -> list[Claim]:
     rows = []
     for check in checks:
         if check["name"] == "content-independent, on schedule":
+            verdict = REPRODUCED if check["passed"] else NOT_REPRODUCED
             rows.append(
-                _row(
+                _claim(
                     f"the {check['model']}-wrapped baseline routes by its analytic schedule, whatever the content",
-                    "reproduced" if check["passed"] else "not reproduced",
+                    verdict,
                     f"largest deviation {check['value']:.1e}",
                     f"max |a - a*| <= {check['limit']:.0e} over reads, positions, sources",
+                    {check["model"]: verdict},
                 )
             )
     return rows
 
 
 def _motif_claims(
-    effects: pd.DataFrame, cells: pd.DataFrame, contrasts: pd.DataFrame, config: StatisticsConfig
-) -> list[dict[str, str]]:
-    """A motif is causal and larger than the same family elsewhere; "learned" needs the uniform contrast as well."""
-    trained = cells[cells["model"] == TRAINED].set_index(["family", "sublayer", "band"])
-    comparisons = {key: _exceeds_elsewhere(effects, cells, key, config) for key in (motif[1:] for motif in MOTIFS)}
-    tested = [key for key, (_, p) in comparisons.items() if not np.isnan(p)]
-    adjusted = (
-        dict(zip(tested, adjust_p([comparisons[key][1] for key in tested], len(MOTIFS)), strict=True)) if tested else {}
+    cells: pd.DataFrame, contrasts: pd.DataFrame, motifs: pd.DataFrame, baselines: list[str], config: StatisticsConfig
+) -> list[Claim]:
+    """The study's motifs, a family of their own for Holm because they were named before any result."""
+    trained = cells[cells["model"] == TRAINED].set_index(SLICE)
+    table = motifs[motifs["model"] == TRAINED].set_index(SLICE)
+    table = table.loc[[motif[1:] for motif in MOTIFS if motif[1:] in table.index]]
+    tested = table.index[table["p"].notna()]
+    adjusted = pd.Series(np.nan, index=table.index)
+    if len(tested):
+        adjusted[tested] = adjust_p(table.loc[tested, "p"], len(MOTIFS))
+    verdicts = dict(zip(table.index, motif_verdicts(table, adjusted, config.alpha), strict=True))
+    compared = {(row.cell, row.baseline): row.verdict for row in contrasts.itertuples()}
+    told_as = {"motif": REPRODUCED, "no motif": NOT_REPRODUCED, "inconclusive": INCONCLUSIVE}
+    larger = {"trained larger": REPRODUCED, "inconclusive": INCONCLUSIVE, None: NOT_TESTED}
+    test = (
+        "causal; exceeds the family's other cells and its matched control (one-sided sign flips by document, Holm over "
+        f"the study's {len(MOTIFS)} motifs); against a baseline: its effect is larger than there"
     )
     rows = []
     for told, *where in MOTIFS:
-        key = (where[0], where[1], where[2])
-        claim = f"motif: {told}"
-        test = (
-            "causal; exceeds the family's other cells (sign-flip by document, Holm over the motifs); "
-            "contrast with each baseline"
-        )
-        if key not in trained.index:
-            rows.append(_row(claim, "not tested", "not part of this grid", test))
+        claim, key = f"motif: {told}", (where[0], where[1], where[2])
+        if key not in trained.index or key not in table.index:
+            reason = f"excluded: {trained.loc[key, 'reason']}" if key in trained.index else "not part of this grid"
+            rows.append(_claim(claim, NOT_TESTED, reason, test, dict.fromkeys(baselines, NOT_TESTED)))
             continue
-        cell = trained.loc[key]
-        if cell["verdict"] == "excluded":
-            rows.append(_row(claim, "not tested", f"excluded: {cell['reason']}", test))
-            continue
-        difference, _ = comparisons[key]
-        p_elsewhere = adjusted.get(key, float("nan"))
-        localised = difference > 0 and p_elsewhere <= config.alpha
-        causal = cell["verdict"] == "causal" and cell["dnll"] > 0
+        cell, motif, verdict = trained.loc[key], table.loc[key], told_as[verdicts[key]]
         against = {
-            row["baseline"]: row["verdict"] for _, row in contrasts[contrasts["cell"] == cell["cell"]].iterrows()
+            name: _both(verdict, larger.get(compared.get((cell["cell"], name)), NOT_REPRODUCED)) for name in baselines
         }
-        if causal and localised:
-            learned = against.get("uniform") == "trained larger"
-            verdict = "reproduced"
-            origin = (
-                "learned: exceeds the uniform wrap too"
-                if learned
-                else "not shown to be learned against the uniform wrap"
-            )
-        else:
-            verdict = "inconclusive" if cell["verdict"] == "inconclusive" else "not reproduced"
-            origin = "no motif" if verdict == "not reproduced" else "undecided"
-        baselines = ", ".join(f"{name}: {what}" for name, what in against.items()) or "no baseline has this cell"
+        matched = f"matched control {motif['matched']}"
+        if motif["matched"] == "run":
+            matched = f"over its matched control {motif['matched_diff']:+.4f} (p {motif['matched_p']:.3g})"
         evidence = (
             f"{cell['verdict']}, dNLL {cell['dnll']:+.4f} [{cell['dnll_lo']:+.4f}, {cell['dnll_hi']:+.4f}]; over the "
-            f"family's other cells {difference:+.4f} (p {p_elsewhere:.3g}); {origin}; {baselines}; "
-            "matched control not run"
+            f"family's {motif['others']} other cells {motif['elsewhere_diff']:+.4f} (p {motif['elsewhere_p']:.3g}); "
+            f"{matched}; Holm p {adjusted[key]:.3g}; against {SHARED}: effect {motif['effect_learned']}, "
+            f"mass {motif['mass_learned']}"
         )
-        rows.append(_row(claim, verdict, evidence, test))
+        rows.append(
+            _claim(claim, verdict, evidence, test, against)
+            | {
+                "cell": cell["cell"],
+                "effect_learned": motif["effect_learned"],
+                "mass_learned": motif["mass_learned"],
+                "matched": motif["matched"],
+            }
+        )
     return rows
 
 
-def _exceeds_elsewhere(
-    effects: pd.DataFrame, cells: pd.DataFrame, key: tuple[str, str, str], config: StatisticsConfig
-) -> tuple[float, float]:
-    """Effect of a cell less the mean of its family's other eligible cells, by document: mean and sign-flip p."""
-    mine = cells[(cells["model"] == TRAINED) & (cells["family"] == key[0]) & (cells["verdict"] != "excluded")]
-    here = mine[(mine["sublayer"] == key[1]) & (mine["band"] == key[2])]
-    others = mine.drop(here.index)
-    if here.empty or others.empty:
-        return float("nan"), float("nan")
-    means, _ = document_means(effects[effects["model"] == TRAINED], ["cell"], ["dnll"], "confirm")
-    dnll = means["dnll"]
-    difference = (dnll[here["cell"].iloc[0]] - dnll[list(others["cell"])].mean(axis=1)).to_numpy()[:, None]
-    return float(difference.mean()), float(sign_flip_p(difference, config.sign_flips, config.seed)[0])
+def _training_claim(contrasts: pd.DataFrame, motifs: pd.DataFrame, baselines: list[str]) -> Claim:
+    """Structured routing emerges only when routing was trained: motifs here, larger than in a baseline, none there."""
+    found = {
+        model: list(motifs.loc[(motifs["model"] == model) & (motifs["verdict"] == "motif"), "cell"])
+        for model in (TRAINED, *baselines)
+    }
+    undecided = bool(((motifs["model"] == TRAINED) & (motifs["verdict"] == "inconclusive")).any())
+    mine = found[TRAINED]
+    ours = REPRODUCED if mine else INCONCLUSIVE if undecided else NOT_REPRODUCED
+    against, told = {}, []
+    for name in baselines:
+        rows = contrasts[(contrasts["baseline"] == name) & contrasts["cell"].isin(mine)]
+        larger = list(rows.loc[rows["verdict"] == "trained larger", "cell"])
+        if has_trained_routing(name):
+            shared = [cell for cell in found[name] if cell in mine]
+            comparison = REPRODUCED if shared else INCONCLUSIVE
+            told.append(f"{name}, whose routing was trained too, has {len(shared)} of these motifs")
+        else:
+            if found[name]:
+                comparison = NOT_REPRODUCED
+            elif rows.empty and mine:
+                comparison = NOT_TESTED
+            elif larger:
+                comparison = REPRODUCED
+            else:
+                decided = (rows["verdict"] != INCONCLUSIVE).all()
+                comparison = NOT_REPRODUCED if decided and len(rows) else INCONCLUSIVE
+            told.append(
+                f"{name} has {len(found[name])} motifs of its own and a smaller effect in {len(larger)} of these"
+            )
+        against[name] = _both(ours, comparison)
+    decisive = [name for name in baselines if name == SHARED or name.startswith("same_base")]
+    verdicts = [against[name] for name in decisive]
+    if ours != REPRODUCED:
+        verdict = ours
+    elif not verdicts:
+        verdict = INCONCLUSIVE
+        told.append(f"no baseline shares the source convention (none is {SHARED} or of the same base)")
+    elif NOT_REPRODUCED in verdicts:
+        verdict = NOT_REPRODUCED
+    else:
+        verdict = REPRODUCED if all(v == REPRODUCED for v in verdicts) else INCONCLUSIVE
+    disagree = len({v for v in against.values() if v in (REPRODUCED, NOT_REPRODUCED)}) > 1
+    evidence = ("the baselines disagree; " if disagree else "") + "; ".join(
+        [f"{len(mine)} motifs in the trained model ({', '.join(mine) or 'none'})", *told]
+    )
+    test = (
+        "motifs over the whole grid (Holm) in the trained model; none in a baseline without trained routing, and a "
+        f"larger effect than there; decided by the baselines that share the source convention ({SHARED}, same_base*)"
+    )
+    return _claim("structured routing emerges only when routing was trained", verdict, evidence, test, against)
 
 
-def _dissociation_claims(dissociation: pd.DataFrame) -> list[dict[str, str]]:
-    names = {"dissociated": "reproduced", "coincide": "not reproduced"}
+_DISSOCIATION = {"dissociated": REPRODUCED, "coincide": NOT_REPRODUCED}
+
+
+def _unlike(ours: str, theirs: str) -> str:
+    """A finding of the trained model that a baseline must not show as well."""
+    if theirs == NOT_TESTED:
+        return NOT_TESTED
+    comparison = {REPRODUCED: NOT_REPRODUCED, NOT_REPRODUCED: REPRODUCED}.get(theirs, INCONCLUSIVE)
+    return _both(ours, comparison)
+
+
+def _dissociated(dissociation: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """model -> sublayer -> verdict."""
+    return {
+        str(model): {row.sublayer: _DISSOCIATION.get(row.verdict, INCONCLUSIVE) for row in rows.itertuples()}
+        for model, rows in dissociation.groupby("model", sort=False)
+    }
+
+
+def _dissociation_claims(dissociation: pd.DataFrame, baselines: list[str]) -> list[Claim]:
+    verdicts = _dissociated(dissociation)
     rows = []
     for _, row in dissociation[dissociation["model"] == TRAINED].iterrows():
         reason = f"{row['reason']}; " if row["reason"] else ""
         predicted = f"; effect is predicted by {row['predicted_by']}" if row["predicted_by"] else ""
         pair = f"largest mass {row['mass_cell']}, largest effect {row['effect_cell']}"
+        ours = verdicts[TRAINED][row["sublayer"]]
         rows.append(
-            _row(
+            _claim(
                 f"{row['sublayer']}: the slice of largest mass is not the slice of largest effect",
-                names.get(row["verdict"], "inconclusive"),
+                ours,
                 f"{reason}{pair}{predicted}",
-                "picked on the pilot split; both differences on the confirmatory split (intersection-union, Holm)",
+                "picked on the pilot split; both differences on the confirmatory split (intersection-union, Holm over "
+                "the sublayers); against a baseline: it does not show the same",
+                {name: _unlike(ours, verdicts.get(name, {}).get(row["sublayer"], NOT_TESTED)) for name in baselines},
             )
         )
     return rows
 
 
-def _mass_without_role(cells: pd.DataFrame) -> dict[str, str]:
-    """A family with appreciable mass somewhere and a null verdict everywhere it can be judged."""
-    trained = cells[(cells["model"] == TRAINED) & (cells["verdict"] != "excluded")]
+def _mass_is_not_effect(dissociation: pd.DataFrame, spearman: pd.DataFrame, baselines: list[str]) -> Claim:
+    """The study: in both sublayers."""
+
+    def overall(found: Mapping[str, str]) -> str:
+        if not found:
+            return NOT_TESTED
+        return next(iter(found.values())) if len(set(found.values())) == 1 else INCONCLUSIVE
+
+    verdicts = _dissociated(dissociation)
+    mine = verdicts.get(TRAINED, {})
+    rho = spearman[(spearman["model"] == TRAINED) & (spearman["metric"] == "mass") & (spearman["sublayer"] == "all")]
+    told = [f"{sublayer}: {verdict}" for sublayer, verdict in mine.items()]
+    for row in rho.itertuples():
+        told.append(f"rank correlation of effect with mass {row.rho:+.2f} [{row.rho_lo:+.2f}, {row.rho_hi:+.2f}]")
+    return _claim(
+        "mass is not effect: in both sublayers the largest mass is not the largest effect",
+        overall(mine),
+        "; ".join(told),
+        "the dissociation of every sublayer type; against a baseline: it does not show the same",
+        {name: _unlike(overall(mine), overall(verdicts.get(name, {}))) for name in baselines},
+    )
+
+
+def _idle_families(cells: pd.DataFrame, model: str) -> tuple[str, str]:
+    """Verdict and evidence: a family with appreciable mass somewhere, and null wherever it can be judged."""
+    judged = cells[(cells["model"] == model) & (cells["verdict"] != "excluded")]
+    if judged.empty:
+        return NOT_TESTED, "no cell could be judged"
     found, possible = [], []
-    for family, rows in trained.groupby("family"):
+    for family, rows in judged.groupby("family"):
         if not rows["appreciable"].astype(bool).any():
             continue
         if (rows["verdict"] == "null").all():
             found.append(str(family))
         elif (rows["verdict"] != "causal").all():
             possible.append(str(family))
-    nulls = trained[(trained["verdict"] == "null") & trained["appreciable"].astype(bool)]
+    nulls = judged[(judged["verdict"] == "null") & judged["appreciable"].astype(bool)]
     evidence = f"families: {', '.join(found) or 'none'}; single cells: {', '.join(nulls['cell']) or 'none'}"
-    verdict = "reproduced" if found else "inconclusive" if possible else "not reproduced"
     if possible and not found:
         evidence += f"; undecided: {', '.join(possible)}"
-    return _row(
+    return REPRODUCED if found else INCONCLUSIVE if possible else NOT_REPRODUCED, evidence
+
+
+def _mass_without_role(cells: pd.DataFrame, baselines: list[str]) -> Claim:
+    verdict, evidence = _idle_families(cells, TRAINED)
+    return _claim(
         "one source family carries appreciable mass and has no detectable role",
         verdict,
         evidence,
-        "mass above |F|/S (lower confidence bound) and equivalence to zero (TOST and KL) in all of the family's cells",
+        "mass above |F|/S (lower confidence bound) and equivalence to zero (TOST and KL) in all of the family's cells; "
+        "against a baseline: it does not show the same",
+        {name: _unlike(verdict, _idle_families(cells, name)[0]) for name in baselines},
+    )
+
+
+def _norm_claim(spearman: pd.DataFrame, config: StatisticsConfig) -> Claim:
+    """The question behind "mass is not effect": would a measure that knows vector lengths have told?"""
+    found = which_predicts(spearman, config.alpha)
+    verdict = NOT_REPRODUCED if found["better"] else REPRODUCED if found["worse"] else INCONCLUSIVE
+    return _claim(
+        "mass is not just norm: a norm-aware measure predicts effect no better than mass does",
+        verdict,
+        found["statement"],
+        "difference of rank correlations with effect, norm-aware share and displacement against mass (bootstrap over "
+        "documents, Holm over the two); not reproduced if one of them predicts better",
+        {},
     )

@@ -4,6 +4,8 @@ The pilot split picks the cells, the confirmatory split tests them. Effect is me
 mass the mean routing weight of the family; both by document, every document weighing the same.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -21,6 +23,7 @@ DISSOCIATION_COLUMNS = [
 SPEARMAN_COLUMNS = [
     *("model", "sublayer", "metric", "cells", "documents"),
     *("rho", "rho_lo", "rho_hi", "predicts"),
+    *("over_mass", "over_mass_lo", "over_mass_hi", "over_mass_p"),
 ]
 _ALL = "all"
 # Attention and MLP: the family of a model's dissociation tests, whichever of them this job ran.
@@ -88,38 +91,88 @@ def spearman_table(
         resamples = rng.multinomial(documents, np.full(documents, 1 / documents), size=config.bootstrap)
         for sublayer in [*cells["sublayer"].unique(), _ALL]:
             chosen = np.ones(len(cells), dtype=bool) if sublayer == _ALL else (cells["sublayer"] == sublayer).to_numpy()
-            for metric in METRICS:
-                rho, low, high = _spearman(
-                    values["dnll"][:, chosen], values[metric][:, chosen], resamples, config.alpha
-                )
-                count = int(chosen.sum())
-                rows.append((model, sublayer, metric, count, documents, rho, low, high, bool(low > 0)))
+            of_metric = {
+                metric: _spearman(values["dnll"][:, chosen], values[metric][:, chosen], resamples) for metric in METRICS
+            }
+            for metric, rho in of_metric.items():
+                low, high = _percentiles(rho, config.alpha)
+                row = (model, sublayer, metric, int(chosen.sum()), documents, rho[0], low, high, bool(low > 0))
+                over = rho - of_metric["mass"]
+                rows.append(row + ((np.nan,) * 4 if metric == "mass" else _difference(over, config.alpha)))
     return pd.DataFrame(rows, columns=SPEARMAN_COLUMNS)
 
 
-def _spearman(
-    effect: np.ndarray, metric: np.ndarray, resamples: np.ndarray, alpha: float
-) -> tuple[float, float, float]:
-    """Spearman of the means of two [documents, cells], and its percentile interval over documents.
+def _spearman(effect: Floats, metric: Floats, resamples: Floats) -> Floats:
+    """Spearman of the means of two [documents, cells]: first of all documents, then of each resample.
 
-    `resamples` [resamples, documents] counts how often each document is drawn.
+    `resamples` [resamples, documents] counts how often each document is drawn. NaN where one side does not vary, and
+    everywhere with fewer than three cells.
     """
     documents, cells = effect.shape
     if cells < 3:
-        return np.nan, np.nan, np.nan
+        return np.full(1 + len(resamples), np.nan)
     joint = np.concatenate([effect, metric], axis=1)
-    joint = joint[np.lexsort(joint.T)]  # resamples must not depend on how documents are numbered
+    # Resamples must not depend on how documents are numbered, and must be the same for every metric.
+    joint = joint[np.lexsort(effect.T)]
     means = np.concatenate([joint.mean(axis=0, keepdims=True), resamples @ joint / documents])
     means = means.round(_TIE_DECIMALS)
-    # Pearson's correlation of ranks, over all resamples at once; NaN where one side does not vary.
+    # Pearson's correlation of ranks, over all resamples at once.
     x, y = (stats.rankdata(side, axis=1) - (cells + 1) / 2 for side in (means[:, :cells], means[:, cells:]))
     with np.errstate(invalid="ignore"):
-        rho = (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
-    resampled = rho[1:][np.isfinite(rho[1:])]
-    if not np.isfinite(rho[0]) or len(resampled) == 0:
-        return np.nan, np.nan, np.nan
+        return (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+
+
+def _percentiles(values: Floats, alpha: float) -> tuple[float, float]:
+    """Percentile interval of resampled values, the first being the observed one; NaN if that is."""
+    resampled = values[1:][np.isfinite(values[1:])]
+    if not np.isfinite(values[0]) or len(resampled) == 0:
+        return np.nan, np.nan
     low, high = np.quantile(resampled, [alpha / 2, 1 - alpha / 2])
-    return float(rho[0]), float(low), float(high)
+    return float(low), float(high)
+
+
+def _difference(values: Floats, alpha: float) -> tuple[float, float, float, float]:
+    """A difference of correlations, its percentile interval, and the p of no difference that inverts it."""
+    low, high = _percentiles(values, alpha)
+    resampled = values[1:][np.isfinite(values[1:])]
+    if not np.isfinite(low):
+        return np.nan, np.nan, np.nan, np.nan
+    tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return float(values[0]), low, high, min(1.0, 2 * (1 + tail) / (1 + len(resampled)))
+
+
+def which_predicts(spearman: pd.DataFrame, alpha: float, model: str = "attnres") -> dict[str, Any]:
+    """Which of mass, norm-aware share and displacement predicts effect, over all cells of a model.
+
+    Returns:
+        `statement`, and per metric its `rho`, interval, and the test of its difference from mass. `better` names the
+        metrics that were shown to predict better than mass, `worse` those shown to predict worse (Holm over the two).
+    """
+    rows = spearman[(spearman["model"] == model) & (spearman["sublayer"] == _ALL)].set_index("metric")
+    if rows.empty or rows["rho"].isna().all():
+        return {"statement": "too few cells to say what predicts effect", "better": [], "worse": []}
+    others = [name for name in METRICS if name != "mass" and np.isfinite(rows.loc[name, "over_mass_p"])]
+    adjusted = dict(zip(others, adjust_p(rows.loc[others, "over_mass_p"], len(METRICS) - 1), strict=True))
+    shown = [name for name in others if adjusted[name] <= alpha]
+    better = [name for name in shown if rows.loc[name, "over_mass"] > 0]
+    worse = [name for name in shown if rows.loc[name, "over_mass"] < 0]
+    names = {"mass": "mass", "norm_share": "norm-aware share", "displacement": "displacement"}
+    told = ", ".join(
+        f"{names[name]} {row['rho']:+.2f} [{row['rho_lo']:+.2f}, {row['rho_hi']:+.2f}]"
+        for name, row in rows.iterrows()
+        if np.isfinite(row["rho"])
+    )
+    if better:
+        verdict = f"{' and '.join(names[name] for name in better)} predicts effect better than mass does"
+    elif worse:
+        verdict = f"mass predicts effect better than {' and '.join(names[name] for name in worse)}"
+    else:
+        verdict = "no difference was shown between mass and the others"
+    return {
+        "statement": f"rank correlation with effect over {int(rows['cells'].iloc[0])} cells: {told}; {verdict}",
+        "better": better,
+        "worse": worse,
+    } | {name: {"over_mass_p_holm": float(adjusted[name])} for name in others}
 
 
 def dissociation_table(

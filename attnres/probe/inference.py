@@ -40,6 +40,7 @@ class StatisticsConfig:
             the excluded ones and those that other jobs run included. None: the candidates in the tables are the
             whole grid.
         power: power at which `documents_needed` is computed.
+        permutations: tables with permuted family labels, to measure how often they give a motif; 0 leaves it out.
 
     Raises:
         ConfigError: a value is out of range.
@@ -52,6 +53,7 @@ class StatisticsConfig:
     seed: int = 0
     grid_cells: int | None = None
     power: float = 0.9
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         def require(valid: bool, name: str, expected: str) -> None:
@@ -67,6 +69,7 @@ class StatisticsConfig:
         require(self.sign_flips >= 999, "sign_flips", "at least 999 (9999 for results that are reported)")
         require(self.bootstrap >= 100, "bootstrap", "at least 100 resamples (2000 for results that are reported)")
         require(self.seed >= 0, "seed", "a non-negative integer")
+        require(self.permutations >= 0, "permutations", "0 or more permuted tables, e.g. 200")
         require(self.alpha < self.power < 1, "power", "a probability between alpha and 1, e.g. 0.9")
         require(
             self.grid_cells is None or self.grid_cells >= 1,

@@ -1,6 +1,8 @@
 """What a probe writes beside its report: the preregistration, the tables, and the summary with its claims."""
 
+import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,18 +13,21 @@ import pandas as pd
 
 from attnres.config import to_plain
 from attnres.data import ProbeWindows
+from attnres.model.families import BANDS, band_layers
 from attnres.probe.checks import Check
-from attnres.probe.claims import TRAINED, study_claims
+from attnres.probe.claims import TRAINED
 from attnres.probe.config import GridConfig
-from attnres.probe.dissociation import dissociation_table, spearman_table
 from attnres.probe.inference import StatisticsConfig
+from attnres.probe.interventions import Spec, parse
+from attnres.probe.judgement import findings, judge, registered_as, windows_digest
 from attnres.probe.locate import Located
 from attnres.probe.runner import Split, Subject, Tables
-from attnres.probe.statistics import cell_table, contrast_table
 from attnres.probe.subjects import Further
 from attnres.provenance import write_json, write_text
 
 __all__ = ["TRAINED", "Setting", "preregistration", "register", "write_tables"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,29 +65,107 @@ class Setting:
 
 def preregistration(setting: Setting, cells: Sequence[str]) -> dict[str, Any]:
     """What is fixed before any result is seen."""
+    statistics = setting.statistics
+    candidates = pd.DataFrame([_candidate(subject, parse(cell)) for subject in setting.subjects for cell in cells])
+    excluded = candidates[~candidates["eligible"]]
     return {
         "written": _now(),
         "cells": list(cells),
-        "candidate_cells": setting.statistics.grid_cells,
+        "candidate_cells": statistics.grid_cells,
+        "interventions": sorted(candidates["intervention"].unique()),
+        "families": sorted(candidates["family"].unique()),
+        "sublayers": sorted(candidates["sublayer"].unique()),
+        "bands": _band_layers(setting.subjects),
+        "models": [
+            {"name": s.name, "convention": s.plan.convention, "schedule": s.schedule, "layers": s.plan.num_layers}
+            for s in setting.subjects
+        ],
+        "exclusions": [{"model": row.model, "cell": row.cell, "reason": row.reason} for row in excluded.itertuples()],
+        "eligibility": candidates.to_dict("records"),
         "primary_metric": "dnll (nats/token), edited - clean on the same path",
         "other_metrics": ["kl (clean || edited), nats/token", "top-1 flips"],
+        "margins": {"dnll": statistics.margin, "kl": statistics.margin, "unit": "nats/token"},
         "unit": "document",
-        "statistics": to_plain(setting.statistics),
+        "tests": TESTS,
+        "statistics": to_plain(statistics),
         "probe": to_plain(setting.grid),
-        "splits": setting.counts,
+        "splits": setting.counts | {"sha256": {split: _drawn(drawn) for split, drawn in setting.windows.items()}},
         "hashes": setting.provenance["hashes"],
         "seeds": setting.provenance["seeds"],
     }
 
 
-def register(path: Path, registered: dict[str, Any]) -> None:
-    """Write a preregistration; one that says the same stays, with the time at which it was written."""
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        earlier = {}
-    if {**earlier, "written": ""} != {**json.loads(json.dumps(registered)), "written": ""}:
-        write_json(path, registered)
+# What is tested, and over which family of tests each is corrected.
+TESTS = {
+    "cell": "dNLL: two-sided sign flips over documents, and TOST at the margin; KL: one-sided tests at the margin; "
+    "verdicts in the order excluded, null, causal, inconclusive",
+    "cell family": "Holm within a model and an intervention over its cells at bands; Benjamini-Hochberg within a "
+    "model, an intervention and a kind of place over maps of layers, blocks or reads",
+    "contrast": "trained less baseline on the same windows, dNLL and mass apart; families as for cells, of the cells "
+    "eligible in both, for each baseline separately",
+    "motif": "causal; exceeds its family's other cells and its matched control (one-sided sign flips, the larger p); "
+    "Holm over the grid, and over the study's four motifs",
+    "dissociation": "cells picked on the pilot split; mass and effect both ordered on the confirmatory split "
+    "(one-sided sign flips, the larger p); Holm over the sublayer types",
+    "what predicts effect": "Spearman over cells of the mask, bootstrap over documents; differences from mass, Holm "
+    "over norm-aware share and displacement",
+    "seeds": "each is shown; no p over seeds with fewer than six",
+}
+
+
+def _candidate(subject: Subject, spec: Spec) -> dict[str, Any]:
+    """A candidate cell as the architecture alone decides on it; what the pilot split excludes comes later."""
+    cell = spec.cell(subject.plan)
+    return {
+        "model": subject.name,
+        "cell": spec.id,
+        "intervention": spec.what,
+        "family": cell.family,
+        "sublayer": cell.sublayer,
+        "band": cell.band,
+        "eligible": cell.eligible,
+        "reason": cell.reason,
+        "eligible_reads": len(cell.reads),
+        "reads": cell.candidates,
+        "mean_sources": cell.mean_sources,
+    }
+
+
+def _band_layers(subjects: Sequence[Subject]) -> dict[str, list[int]]:
+    """The layers of each band: [first, one past the last]; the models of a probe are equally deep."""
+    layers = subjects[0].plan.num_layers
+    return {band: [found.start, found.stop] for band in BANDS for found in [band_layers(band, layers)]}
+
+
+def _drawn(windows: ProbeWindows) -> str:
+    """sha256 of which windows of which documents were drawn, in order."""
+    return windows_digest(windows.window_ids.tolist(), windows.document_ids.tolist())
+
+
+def register(path: Path, registered: dict[str, Any]) -> dict[str, Any]:
+    """Write a preregistration, and return the one that holds.
+
+    One that says the same stays, with the time at which it was written. Where an earlier one says something else it is
+    kept beside it under its hash, and the new one names it as amended.
+    """
+    plain = json.loads(json.dumps(registered))
+    earlier: dict[str, Any] = {}
+    if path.is_file():
+        text = path.read_bytes()
+        try:
+            earlier = dict(json.loads(text))
+        except ValueError:
+            log.warning("%s cannot be read: written anew", path)
+        if earlier:
+            kept = {key: value for key, value in earlier.items() if key not in ("written", "amends")}
+            if kept == {key: value for key, value in plain.items() if key != "written"}:
+                return earlier
+            digest = hashlib.sha256(text).hexdigest()
+            write_text(path.with_name(f"{path.stem}-{digest[:8]}.json"), text.decode())
+            plain["amends"] = {"sha256": digest, "written": earlier.get("written")}
+            log.warning("%s: what was preregistered at %s is amended", path, earlier.get("written"))
+    write_json(path, plain)
+    return plain
 
 
 def write_tables(
@@ -90,18 +173,12 @@ def write_tables(
 ) -> pd.DataFrame:
     """Judge the cells, write every table and `summary.json`, and return the table of cells."""
     grid, statistics = setting.grid, setting.statistics
-    cells = cell_table(tables.effects, tables.mass, eligibility, statistics)
-    contrasts = contrast_table(tables.effects, eligibility, statistics, TRAINED, mass=tables.mass)
-    dissociation = dissociation_table(tables.effects, tables.mass, eligibility, statistics)
+    judged = judge(tables.effects, tables.mass, eligibility, statistics)
     tables.effects.to_parquet(folder / "effects.parquet", index=False)
     tables.effects.to_csv(folder / "effects.csv", index=False)
     tables.mass.to_parquet(folder / "mass.parquet", index=False)
-    for name, frame in (
-        ("cells", cells),
-        ("contrasts", contrasts),
-        ("routing", tables.routing),
-        ("dissociation", dissociation),
-    ):
+    judged.write(folder)
+    for name, frame in (("routing", tables.routing), ("eligibility", eligibility)):
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))
     clean_nll = tables.clean.groupby("model")["nll"].mean().to_dict()
     checks = [check.as_dict() for check in setting.checks]
@@ -125,9 +202,6 @@ def write_tables(
             "note": "",
         },
         "statistics": to_plain(statistics) | setting.counts | {"window_length": grid.length},
-        "claims": study_claims(tables.effects, cells, contrasts, dissociation, checks, statistics),
-        "dissociation": _dissociation_rows(dissociation),
-        "spearman": _records(spearman_table(tables.effects, tables.mass, eligibility, statistics)),
         "recency": {
             "bias": grid.recency_bias,
             "kl_to_vanilla": next(
@@ -136,9 +210,10 @@ def write_tables(
         },
         "provenance": setting.provenance,
         "plan_notes": _plan_notes(setting.subjects),
-    }
+        "preregistration": registered_as(folder / "preregistration.json"),
+    } | findings(judged, tables.effects, checks, statistics)
     write_json(folder / "summary.json", summary)
-    return cells
+    return judged.cells
 
 
 def _now() -> str:
@@ -181,15 +256,3 @@ def _plan_notes(subjects: Iterable[Subject]) -> list[str]:
         for name, plan in plans
         if plan.num_real_blocks != plan.num_blocks
     ]
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain containers, NaN as None."""
-    return json.loads(frame.to_json(orient="records"))
-
-
-def _dissociation_rows(dissociation: pd.DataFrame) -> list[dict[str, Any]]:
-    rows = _records(dissociation[dissociation["model"] == TRAINED])
-    for row in rows:
-        row |= {"largest_mass": row["mass_cell"], "largest_effect": row["effect_cell"], "detail": row["reason"] or ""}
-    return rows

@@ -1,0 +1,106 @@
+"""From the tables that were measured to every table that is judged, without a model.
+
+The probe calls `judge` on what its runner measured; `attnres.probe.recompute` calls it on what a folder holds, and gets
+the same tables to the last digit.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from attnres.probe.claims import TRAINED, baseline_disagreements, study_claims
+from attnres.probe.dissociation import dissociation_table, spearman_table, which_predicts
+from attnres.probe.inference import StatisticsConfig
+from attnres.probe.motifs import motif_table, permutation_null
+from attnres.probe.statistics import cell_table, contrast_table
+from attnres.provenance import write_text
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Tables of verdicts; each is written as `<name>.csv`."""
+
+    cells: pd.DataFrame
+    contrasts: pd.DataFrame
+    dissociation: pd.DataFrame
+    spearman: pd.DataFrame
+    motifs: pd.DataFrame
+
+    def texts(self) -> dict[str, str]:
+        """File name -> its text."""
+        return {f"{field.name}.csv": getattr(self, field.name).to_csv(index=False) for field in fields(self)}
+
+    def write(self, folder: Path) -> None:
+        for name, text in self.texts().items():
+            write_text(folder / name, text)
+
+
+def judge(effects: pd.DataFrame, mass: pd.DataFrame, eligibility: pd.DataFrame, statistics: StatisticsConfig) -> Judged:
+    """Every table of verdicts; see `cell_table`, `contrast_table`, `dissociation_table`, `spearman_table` and
+    `motif_table` for the arguments and for what is refused.
+    """
+    cells = cell_table(effects, mass, eligibility, statistics)
+    contrasts = contrast_table(effects, eligibility, statistics, TRAINED, mass=mass)
+    return Judged(
+        cells,
+        contrasts,
+        dissociation_table(effects, mass, eligibility, statistics),
+        spearman_table(effects, mass, eligibility, statistics),
+        motif_table(effects, cells, contrasts, statistics, TRAINED),
+    )
+
+
+def findings(
+    judged: Judged, effects: pd.DataFrame, checks: Sequence[Mapping[str, Any]], statistics: StatisticsConfig
+) -> dict[str, Any]:
+    """The parts of `summary.json` that are judged: claims, dissociation, what predicts effect, nulls."""
+    found = {
+        "claims": study_claims(
+            judged.cells,
+            judged.contrasts,
+            judged.dissociation,
+            judged.motifs,
+            judged.spearman,
+            [dict(check) for check in checks],
+            statistics,
+        ),
+        "baselines": baseline_disagreements(judged.contrasts),
+        "dissociation": _dissociation_rows(judged.dissociation),
+        "spearman": records(judged.spearman),
+        "motifs": records(judged.motifs),
+        "predicts": which_predicts(judged.spearman, statistics.alpha, TRAINED),
+    }
+    if statistics.permutations:
+        found["permuted_labels"] = permutation_null(effects, judged.cells, statistics, statistics.permutations)
+    return found
+
+
+def registered_as(path: Path) -> dict[str, Any]:
+    """What results say about their preregistration: its `sha256` and when it was `written`; empty without one."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    return {"sha256": hashlib.sha256(content).hexdigest(), "written": json.loads(content).get("written")}
+
+
+def windows_digest(windows: Iterable[int], documents: Iterable[int]) -> str:
+    """sha256 of which windows of which documents were drawn, whatever their order."""
+    pairs = sorted(zip(windows, documents, strict=True))
+    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain containers, NaN as None."""
+    return json.loads(frame.to_json(orient="records"))
+
+
+def _dissociation_rows(dissociation: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = records(dissociation[dissociation["model"] == TRAINED])
+    for row in rows:
+        row |= {"largest_mass": row["mass_cell"], "largest_effect": row["effect_cell"], "detail": row["reason"] or ""}
+    return rows
