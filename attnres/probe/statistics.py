@@ -177,15 +177,14 @@ def _families(
         config: `grid_cells`, and flips that must resolve the family.
     """
     unlisted = config.grid_cells - len(grid) if config.grid_cells else 0
+    if unlisted < 0:
+        raise ConfigError(
+            f"statistics.grid_cells={config.grid_cells}, but {len(grid)} candidates are listed: set it to those of the "
+            "whole preregistered grid, or to null"
+        )
     for (_, kind), rows in grid.groupby(["intervention", grid["band"].map(place_kind)], sort=False):
         tested = rows.index[rows["eligible"] & rows["ran"]]
-        excluded = int((~rows["eligible"]).sum())
-        size = len(rows) + unlisted - excluded
-        if size < len(tested):
-            raise ConfigError(
-                f"statistics.grid_cells={config.grid_cells} leaves {size} cells to test after {excluded} "
-                f"exclusions, but {len(tested)} were tested: set it to the candidates of the whole preregistered grid"
-            )
+        size = len(rows) + unlisted - int((~rows["eligible"]).sum())
         config.require_resolution(max(size, 1))
         yield tested, size, correction_of(kind)
 

@@ -418,5 +418,5 @@ def test_cell_table_refuses_fewer_than_two_documents():
 
 def test_cell_table_refuses_a_grid_smaller_than_what_was_tested():
     data = random_tables()
-    with pytest.raises(ConfigError, match="grid_cells=5 leaves 4 cells"):
+    with pytest.raises(ConfigError, match="grid_cells=5, but 6 candidates are listed"):
         cell_table(*data, StatisticsConfig(sign_flips=999, grid_cells=5))
