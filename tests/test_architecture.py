@@ -23,7 +23,8 @@ ARROWS = {
     "probe": {"ops", "model", "data", "config", "provenance", "run_folder", "locate", "errors", "version"},
     "cli": {"training", "probe", "config", "provenance", "run_folder", "errors"},
 }
-TABLES_ONLY = ("statistics", "inference", "dissociation", "motifs", "claims", "judgement", "recompute", "power", "plotting",
+TABLES_ONLY = ("statistics", "inference", "dissociation", "motifs", "claims", "judgement", "recompute", "power",
+               "plotting",
                *sorted(path.stem for path in (PACKAGE / "probe").glob("report*.py")),
                *sorted(path.stem for path in (PACKAGE / "probe").glob("figures*.py")))  # fmt: skip
 # library -> where it may be imported

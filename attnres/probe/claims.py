@@ -9,7 +9,7 @@ import pandas as pd
 from attnres.probe.dissociation import which_predicts
 from attnres.probe.inference import StatisticsConfig, adjust_p
 from attnres.probe.motifs import motif_verdicts
-from attnres.probe.statistics import SLICE
+from attnres.probe.statistics import SLICE, place_kind
 
 # The motifs that the study reports: (what it says, family, sublayer, band).
 MOTIFS = (
@@ -41,7 +41,10 @@ def study_claims(
     comparison with that baseline supports it, not reproduced if either is shown to fail, and otherwise inconclusive.
     """
     # The study masked; other interventions and the controls have cells of their own.
-    cells, contrasts = (table[table["intervention"] == "mask"] for table in (cells, contrasts))
+    cells, contrasts = (
+        table[(table["intervention"] == "mask") & (table["band"].map(place_kind) == "band")]
+        for table in (cells, contrasts)
+    )
     baselines = [str(model) for model in cells["model"].unique() if model != TRAINED]
     return [
         *_schedule_claims(checks),

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from attnres.probe.inference import Floats, StatisticsConfig, adjust_p, bca_interval, sign_flip_p
-from attnres.probe.statistics import MASS_TOLERANCE, MASSES, SLICE, document_means, grid_candidates
+from attnres.probe.statistics import MASS_TOLERANCE, MASSES, SLICE, document_means, grid_candidates, place_kind
 
 METRICS = ["mass", "norm_share", "displacement"]
 DISSOCIATION_COLUMNS = [
@@ -33,11 +33,16 @@ _BOOTSTRAP_STREAM = 3
 _TIE_DECIMALS = 7
 
 
+def _banded(table: pd.DataFrame, intervention: str) -> pd.DataFrame:
+    """Rows of an intervention at bands: maps of finer places hold the same routing again."""
+    return table[(table["intervention"] == intervention) & (table["band"].map(place_kind) == "band")]
+
+
 def _measured(
     effects: pd.DataFrame, mass: pd.DataFrame, eligibility: pd.DataFrame, split: str, intervention: str
 ) -> dict[str, tuple[pd.DataFrame, dict[str, np.ndarray]]]:
     """Per model: its eligible cells that were run, and [documents, cells] of dnll and of each metric."""
-    effects, eligibility = (table[table["intervention"] == intervention] for table in (effects, eligibility))
+    effects, eligibility = (_banded(table, intervention) for table in (effects, eligibility))
     if not (effects["split"] == split).any():
         return {}
     grid = grid_candidates(effects, eligibility)
@@ -102,7 +107,7 @@ def spearman_table(
     return pd.DataFrame(rows, columns=SPEARMAN_COLUMNS)
 
 
-def _spearman(effect: Floats, metric: Floats, resamples: Floats) -> Floats:
+def _spearman(effect: Floats, metric: Floats, resamples: np.ndarray) -> Floats:
     """Spearman of the means of two [documents, cells]: first of all documents, then of each resample.
 
     `resamples` [resamples, documents] counts how often each document is drawn. NaN where one side does not vary, and
@@ -215,7 +220,8 @@ def dissociation_table(
     confirm = _measured(effects, mass, eligibility, "confirm", intervention)
     correlations = spearman_table(effects, mass, eligibility, config, "confirm", intervention)
     rows = []
-    for model, sublayer in eligibility[["model", "sublayer"]].drop_duplicates().itertuples(index=False):
+    asked = _banded(eligibility, intervention)[["model", "sublayer"]].drop_duplicates()
+    for model, sublayer in asked.itertuples(index=False):
         row: dict[str, object] = {
             "model": model,
             "sublayer": sublayer,

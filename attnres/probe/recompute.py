@@ -102,15 +102,12 @@ def recompute(measured: Measured) -> tuple[Judged, list[str]]:
     return judged, differing
 
 
-def combine(folders: Sequence[Path], out: Path) -> Path:
-    """Judge the parts of one swept grid as the one grid that they are, write it like a probe, and draw its report.
+def combine(folders: Sequence[Path], out: Path) -> None:
+    """Judge the parts of one swept grid as the one grid that they are, and write it like a probe, without a report.
 
     Args:
         folders: the parts, in the order in which their cells are listed.
         out: the folder to write, which must not be one of them.
-
-    Returns:
-        The report.
 
     Raises:
         ConfigError: fewer than two parts, or parts that do not belong together.
@@ -147,7 +144,6 @@ def combine(folders: Sequence[Path], out: Path) -> Path:
         write_json(out / "summary.json", _summary(parts, out, judged, effects, eligibility))
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror}); free space or name another --out") from error
-    return write_report(out)
 
 
 def _belong_together(first: Measured, part: Measured) -> None:
@@ -229,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(given.folders) > 1:
             if given.out is None:
                 raise ConfigError("--out: expected a folder for the combined probe, received none")
-            sys.stdout.write(f"{combine(given.folders, given.out)}\n")
+            combine(given.folders, given.out)
+            sys.stdout.write(f"{write_report(given.out)}\n")
             return 0
         judged, differing = recompute(read_measured(given.folders[0]))
         if given.out is not None:

@@ -57,8 +57,7 @@ def test_recompute_refuses_what_was_not_preregistered(whole):
 def test_combine_of_parts_is_the_whole_grid(tmp_path, whole):
     parts = [part(tmp_path, "embedding", "older"), part(tmp_path, "older", "current", "recent")]
     alone = pd.read_csv(parts[0] / "cells.csv")
-    report = combine(parts, tmp_path / "out")
-    assert report.is_file()
+    combine(parts, tmp_path / "out")
     for name in ("cells", "contrasts", "motifs", "spearman", "dissociation"):
         both = [pd.read_csv(folder / f"{name}.csv") for folder in (whole, tmp_path / "out")]
         keys = [key for key in ("model", "baseline", "cell", "sublayer", "metric") if key in both[0]]
