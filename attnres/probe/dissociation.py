@@ -117,8 +117,8 @@ def _spearman(effect: Floats, metric: Floats, resamples: np.ndarray) -> Floats:
     if cells < 3:
         return np.full(1 + len(resamples), np.nan)
     joint = np.concatenate([effect, metric], axis=1)
-    # Resamples must not depend on how documents are numbered, and must be the same for every metric.
-    joint = joint[np.lexsort(effect.T)]
+    # Resamples must depend neither on how documents are numbered nor on the order of cells, and be one for all metrics.
+    joint = joint[np.lexsort(np.sort(effect, axis=1).T)]
     means = np.concatenate([joint.mean(axis=0, keepdims=True), resamples @ joint / documents])
     means = means.round(_TIE_DECIMALS)
     # Pearson's correlation of ranks, over all resamples at once.
