@@ -124,7 +124,7 @@ def _panels(
         axis.margins(x=0.08)
     for axis in axes.flat[len(keys) :]:
         axis.set_visible(False)
-    figure.supxlabel(x_name, fontsize=8)
+    axes[-1, columns // 2].set_xlabel(x_name)
     figure.supylabel("ΔNLL, nats/token", fontsize=8)
     handles: list[Any] = [
         Line2D([], [], color=FAMILY_COLOURS.get(f, GREY), marker=FAMILY_MARKERS.get(f, "X"), markersize=4,

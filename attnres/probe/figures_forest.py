@@ -74,7 +74,7 @@ def _forest(table: pd.DataFrame, order: Sequence[str], margin: float, axis_name:
     series = ordered(table["series"], order)
     keys, count = _rows(table)
     height = 1.15 + (0.14 + 0.07 * len(series)) * max(len(keys), 2)
-    figure = Figure(figsize=(7.6, height + 0.2 * (len(series) // 5)), layout="constrained")
+    figure = Figure(figsize=(7.6, height + 0.08 * len(series)), layout="constrained")
     axis = figure.subplots()
     used = table[table["eligible"].astype(bool)]
     effect_axis(axis, "x", [*used["low"], *used["high"], *used["mid"]], margin)
@@ -100,12 +100,14 @@ def _forest(table: pd.DataFrame, order: Sequence[str], margin: float, axis_name:
         axis.set_title(f"the {len(keys)} cells of the largest values, of {count}", color=GREY, fontsize=7.5)
     handles: list[Any] = [
         Line2D([], [], color=looks[name][0], marker=looks[name][1], markersize=4.5, markerfacecolor="white",
-               label=label(name, 24))
+               label=label(name, 44))
         for name in series
     ]  # fmt: skip
     handles.append(Line2D([], [], color=INK, marker="o", linestyle="", markersize=4.5, label=filled_name))
     handles.append(Patch(color=BAND_COLOUR, alpha=0.3, label=f"equivalence band ±{margin:g}"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
+    longest = max(len(label(name, 44)) for name in [*series, ""])
+    columns = 5 if longest <= 14 else 3 if longest <= 26 else 2
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
     return figure
 
 

@@ -45,6 +45,7 @@ def _environment(autoescape: bool) -> jinja2.Environment:
         "slug": words.slug,
         "md": words.markdown,
         "against": words.against,
+        "adjusted": words.adjusted,
         "indented": lambda v: json.dumps(v, indent=2, ensure_ascii=False, default=str),
     }
     env.globals |= {

@@ -109,13 +109,15 @@ def _facts(folder: Path, tables: Tables) -> dict[str, Any]:
 
 
 def _labels(facts: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> list[str]:
-    """The experiment and whatever else tells the runs apart; numbered where nothing does."""
-    varied = [key for key in ("seed", "step") if len({fact[key] for fact in facts}) > 1]
+    """What tells the runs apart: experiment, seed, step; then the folder, then a number."""
+    varied = [key for key in ("experiment", "seed", "step") if len({fact[key] for fact in facts}) > 1]
     labels = []
     for fact in facts:
-        more = [f"{key} {fact[key]:g}" if key == "step" and fact[key] is not None else f"{key} {fact[key]}"
-                for key in varied]  # fmt: skip
-        labels.append(" ".join([words.visible(fact["experiment"])[:40], *more]))
+        parts = [words.visible(fact["experiment"])[:36]] if "experiment" in varied or not varied else []
+        parts += [f"seed {fact['seed']}"[:24]] if "seed" in varied else []
+        if "step" in varied:
+            parts.append("no step" if fact["step"] is None else f"step {fact['step']:g}")
+        labels.append(words.visible(" ".join(parts)))
     named = [
         f"{label} ({words.visible(Path(folder).name)[-24:]})" if labels.count(label) > 1 else label
         for label, folder in zip(labels, folders, strict=True)

@@ -73,7 +73,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 _TEXT = frozenset({"model", "baseline", "cell", "intervention", *_CELL, "reason", "verdict", "role", "split"})
 _FLAGS = frozenset({"eligible", "appreciable"})
-_DISCOVERY = ("p_bh", "q_bh", "p_fdr")
+DISCOVERY = ("p_fdr", "p_bh")
 _LISTS = ("models", "checks", "claims", "dissociation", "spearman", "plan_notes")
 _OBJECTS = ("grid", "statistics", "recency", "provenance")
 _JSON_NAMES = {list: "list", dict: "JSON object"}
@@ -135,7 +135,7 @@ class Tables:
     @property
     def discovery_column(self) -> str:
         """The column of p-values after Benjamini and Hochberg; empty where a run has none."""
-        return next((c for c in _DISCOVERY if c in self.cells and self.cells[c].notna().any()), "")
+        return next((c for c in DISCOVERY if c in self.cells and self.cells[c].notna().any()), "")
 
     @property
     def baselines(self) -> list[str]:

@@ -48,9 +48,11 @@ def text(folders, tmp_path) -> tuple[str, str]:
 
 def test_runs_are_labelled_by_what_tells_them_apart(make):
     seeds = report_runs.read_runs([make("a", seed=0), make("b", seed=1)])
-    assert [r.label for r in seeds] == ["attnres_small seed 0", "attnres_small seed 1"]
+    assert [r.label for r in seeds] == ["seed 0", "seed 1"]
     steps = report_runs.read_runs([make("c", run="r", step=100), make("d", run="r", step=1200)])
-    assert [r.label for r in steps] == ["attnres_small step 100", "attnres_small step 1200"]
+    assert [r.label for r in steps] == ["step 100", "step 1200"]
+    arms = report_runs.read_runs([make("g", seed=0), make("h", experiment="same_base_full", seed=0)])
+    assert [r.label for r in arms] == ["attnres_small", "same_base_full"]
     same = report_runs.read_runs([make("e"), make("f")])
     assert [r.label for r in same] == ["attnres_small (e)", "attnres_small (f)"]
 
