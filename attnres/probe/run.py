@@ -3,9 +3,10 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from transformers import Qwen3ForCausalLM
 
 from attnres.config import build, to_plain
 from attnres.data import Corpus, DataConfig, ProbeWindows, prepare, probe_windows
-from attnres.errors import CheckpointError, ConfigError, DataError, Stopped, StorageError
+from attnres.errors import AttnResError, CheckpointError, ConfigError, DataError, Stopped, StorageError
 from attnres.model.loading import load_model, wrap_qwen3
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.probe.candidates import candidates, whole_grid
@@ -90,7 +91,16 @@ def probe(config: ProbeConfig, command: str) -> Result | None:
         torch.set_num_threads(config.threads)
     device = _device(config)
     ranks = Ranks.launch(config.devices, device.type)
-    device = ranks.device or device
+    try:
+        return _probe(config, command, ranks, ranks.device or device)
+    except AttnResError:
+        if ranks.rank == 0:
+            raise
+        # The first process tells it, and ends with its code: a launcher kills it if another one fails before it does.
+        return None
+
+
+def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device) -> Result | None:
     trained_at = locate(config.ckpt)
     baseline_at = locate_baseline(config.baseline, trained_at)
     controls_at = locate_controls(config, trained_at)
@@ -144,13 +154,13 @@ def _only_probe_in(folder: Path, ranks: Ranks) -> Iterator[None]:
         ConfigError: another probe is at work in it.
     """
     with ExitStack() as stack:
-        free = True
+        taken: AttnResError | None = None
         if ranks.rank == 0:
             with _storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            free = stack.enter_context(lock(folder))
-        if ranks.any(not free):
-            raise ConfigError(f"{folder} is in use by another probe; wait for it or change the settings")
+            if not stack.enter_context(lock(folder)):
+                taken = ConfigError(f"{folder} is in use by another probe; wait for it or change the settings")
+        ranks.agree(taken)
         yield
 
 
@@ -181,7 +191,7 @@ def _corpus(config: ProbeConfig, trained: Located, ranks: Ranks) -> Corpus:
     """The corpus; the first process makes it if need be, and the others then find it."""
     settings = _data_config(config, trained)
     corpus = prepare(settings) if ranks.rank == 0 else None
-    ranks.any(False)
+    ranks.agree()
     return corpus or prepare(settings)
 
 
@@ -275,7 +285,7 @@ def _run(
     parts = Parts(parts_folder)
     if ranks.rank == 0:
         parts.clear()
-    ranks.any(False)
+    ranks.agree()
     with StopSignals() as signals, tqdm(unit="cell", desc="probe", mininterval=1.0, disable=ranks.rank > 0) as bar:
         execution = Execution(
             windows,
@@ -288,12 +298,17 @@ def _run(
             signals.asked,
         )
 
-        def go_on(finished: bool) -> None:
-            if ranks.any(not finished):
-                name = signals.received.name if signals.received else "a signal to another process"
-                raise Stopped(
-                    f"stopped by {name}; what is finished is kept in {parts_folder}, the same command resumes"
-                )
+        def together(phase: Callable[[], bool]) -> None:
+            """One phase in all processes; an error or a signal in one of them ends it in all."""
+            failure: AttnResError | None = None
+            try:
+                if not phase():
+                    name = signals.received.name if signals.received else "a signal to another process"
+                    failure = Stopped(f"stopped by {name}; what is finished is kept, the same command resumes")
+            except AttnResError as error:
+                parts.ask_to_stop()
+                failure = error
+            ranks.agree(failure)
             parts.refresh()
 
         planned = {subject.name: [spec for spec in chosen if spec.cell(subject.plan).eligible] for subject in subjects}
@@ -301,13 +316,13 @@ def _run(
         found, listed = [], []
         for subject in subjects:
             bar.set_postfix_str(subject.name)
-            go_on(run_pilot(subject, planned[subject.name], execution))
+            together(partial(run_pilot, subject, planned[subject.name], execution))
             pilot = pilot_of(subject, execution)
             listed.append(eligibility_table(subject, chosen, pilot, windows.get("pilot")))
             possible = set(listed[-1].loc[listed[-1]["eligible"], "cell"])
             specs = [spec for spec in planned[subject.name] if spec.id in possible]
             bar.total -= len(execution.mine()) * (len(planned[subject.name]) - len(specs))
-            go_on(run_cells(subject, specs, pilot, execution))
+            together(partial(run_cells, subject, specs, pilot, execution))
             found.append(tables_of(subject, specs, execution))
     parts_of_tables = zip(*((t.effects, t.mass, t.routing, t.clean) for t in found), strict=True)
     tables = Tables(*(pd.concat(some, ignore_index=True) for some in parts_of_tables))

@@ -20,7 +20,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from attnres.data import ProbeWindows
-from attnres.errors import ConfigError, NumericsError, StorageError
+from attnres.errors import AttnResError, ConfigError, NumericsError, StorageError
 from attnres.model.families import FAMILIES, Cell, family_indices, family_of, grid, place_reads
 from attnres.model.loading import schedule_weights
 from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
@@ -128,12 +128,16 @@ class Ranks:
         """The device of this process; None where it is alone and free to choose."""
         return None if self._fabric is None else self._fabric.device
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all of them wait here for each other."""
+    def agree(self, error: AttnResError | None = None) -> None:
+        """Waits for all processes, and raises in each of them the error of the first that has one."""
         if self._fabric is None:
-            return flag
-        flags: Any = self._fabric.all_reduce(torch.tensor(float(flag), device=self._fabric.device), reduce_op="sum")
-        return bool(flags > 0)
+            if error is not None:
+                raise error
+            return
+        mine = torch.tensor(float(self.size if error is None else self.rank), device=self._fabric.device)
+        first = int(self._fabric.all_reduce(mine, reduce_op="min"))  # type: ignore[arg-type]
+        if first < self.size:
+            raise self._fabric.broadcast(error, src=first)
 
 
 @dataclass(frozen=True)
