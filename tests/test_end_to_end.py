@@ -1,8 +1,10 @@
 """The two commands on a tiny corpus: train both arms, probe, read what was written; then parts of the grid."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -82,10 +84,22 @@ def test_probe_compares_all_models_on_the_same_windows(probed):
     assert not (probed / "parts").exists()
 
 
-def test_probe_twice_gives_the_same_tables(trained, probed):
-    before = (probed / "cells.csv").read_bytes()
+def test_probe_twice_gives_the_same_tables_also_when_it_is_stopped_and_resumed(trained, probed):
+    tables = ("cells.csv", "contrasts.csv", "effects.csv", "mass.parquet", "routing.csv", "dissociation.csv")
+    before = {name: (probed / name).read_bytes() for name in tables}
+    registered = (probed / "preregistration.json").read_bytes()
+    (probed / "cells.csv").unlink()
+    arguments = [sys.executable, "probe.py", *PROBE.format(tmp=trained).split()]
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as probe:
+        while probe.poll() is None and not list(probed.glob("parts/*/*.effects.*")):
+            time.sleep(0.05)
+        probe.send_signal(signal.SIGTERM)
+        told = probe.communicate(timeout=300)[1]
+    assert probe.returncode == 75, told
+    assert list(probed.glob("parts/*/*.parquet"))
     run(trained, "probe.py", PROBE)
-    assert (probed / "cells.csv").read_bytes() == before
+    assert {name: (probed / name).read_bytes() for name in tables} == before
+    assert (probed / "preregistration.json").read_bytes() == registered
 
 
 def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(trained, probed):

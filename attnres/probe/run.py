@@ -117,7 +117,8 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
         ids, labels = (tensor[:CHECK_WINDOWS].to(trained.device) for tensor in _checked(windows))
         checks = [check for subject in subjects for check in check_subject(subject, vanilla, ids, labels)]
         require_passed(checks)
-        log.info("%d checks passed; writing to %s", len(checks), folder)
+        if ranks.rank == 0:
+            log.info("%d checks passed; writing to %s", len(checks), folder)
         statistics = dataclasses.replace(
             config.statistics, grid_cells=config.statistics.grid_cells or len(set(whole) | set(chosen))
         )
