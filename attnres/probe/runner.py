@@ -137,7 +137,9 @@ class Ranks:
         mine = torch.tensor(float(self.size if error is None else self.rank), device=self._fabric.device)
         first = int(self._fabric.all_reduce(mine, reduce_op="min"))  # type: ignore[arg-type]
         if first < self.size:
-            raise self._fabric.broadcast(error, src=first)
+            told = self._fabric.broadcast(error, src=first)
+            assert told is not None
+            raise told
 
 
 @dataclass(frozen=True)
