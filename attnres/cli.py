@@ -34,6 +34,7 @@ from attnres.run_folder import refuse_unsafe_loading
 
 CONF = Path(__file__).parents[1] / "conf"
 _MOST_TOLD = 2000
+_HYDRA_SETTING = re.compile(r"^[^#\n]*\bhydra\b|@package\s+hydra", re.MULTILINE)
 
 
 def train() -> None:
@@ -91,7 +92,7 @@ def _guarded(name: str, run: Callable[[dict[str, Any]], None]) -> None:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     previous = {number: signal.signal(number, partial(_stop, os.getpid())) for number in numbers}
     try:
-        _refuse_pickles()
+        _refuse_code_in_settings()
         refuse_unsafe_loading()
         task = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(_plain(run, failures))
         task()
@@ -154,9 +155,21 @@ def _plain(run: Callable[[dict[str, Any]], None], failures: list[AttnResError]) 
     return task
 
 
-def _refuse_pickles() -> None:
+def _refuse_code_in_settings() -> None:
+    """Hydra would run what a pickle, or its own settings in a configuration from elsewhere, name."""
     if any(word.startswith("--experimental-rerun") for word in sys.argv):
         raise ConfigError("--experimental-rerun: loads a pickle, which can run code; give the overrides instead")
+    if any(word.lstrip("+~").startswith("hydra.searchpath") for word in sys.argv):
+        raise ConfigError("hydra.searchpath: give the folder with --config-dir instead")
+    for flag, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        name, given, path = flag.partition("=")
+        if name not in ("--config-dir", "-cd", "--config-path", "-cp"):
+            continue
+        for file in sorted(Path(path if given else value).rglob("*.y*ml")):
+            if _HYDRA_SETTING.search(file.read_text(encoding="utf-8", errors="replace")):
+                raise ConfigError(
+                    f"{file}: sets Hydra's own settings, which can run code; set them in conf/ or by hand"
+                )
 
 
 def _tell(error: Exception, code: int, debug: bool) -> None:

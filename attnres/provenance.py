@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from attnres import faults
+from attnres.redaction import redact
 
 PACKAGES = (
     "torch",
@@ -31,10 +31,6 @@ PACKAGES = (
     "statsmodels",
     "wandb",
 )
-# `tokenizer` and `max_tokens` are not secrets; `token` and `hf_token` are.
-_SECRET = re.compile(r"(^|[._-])token$|secret|passw|credential|api[_-]?key|access[_-]?key", re.IGNORECASE)
-# Values that give themselves away, whatever they are called: tokens of hubs, and the user part of a URL.
-_SECRET_VALUE = re.compile(r"\b(?:hf|api_org|ghp|gho|glpat|sk|wandb)[_-][A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+@")
 
 
 def git_state() -> dict[str, Any]:
@@ -87,30 +83,6 @@ def collect(command: str, seeds: Mapping[str, int], hashes: Mapping[str, str | N
         "seeds": dict(seeds),
         "hashes": dict(hashes),
     }
-
-
-def redact(command: str) -> str:
-    """Masks the values of `key=value` and `--key value` arguments whose key looks like a secret, and known tokens."""
-    words = command.split(" ")
-    for i, word in enumerate(words):
-        key, separator, _ = word.partition("=")
-        if separator and _SECRET.search(key):
-            words[i] = f"{key}=***"
-        elif i and words[i - 1].startswith("--") and "=" not in words[i - 1] and _SECRET.search(words[i - 1]):
-            words[i] = "***"
-    return _SECRET_VALUE.sub("***", " ".join(words))
-
-
-def redact_values(value: Any) -> Any:
-    """`redact` for every string in plain containers, and for values whose key looks like a secret."""
-    if isinstance(value, Mapping):
-        return {
-            key: "***" if isinstance(item, str) and _SECRET.search(str(key)) else redact_values(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [redact_values(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
 
 
 def command_line() -> str:

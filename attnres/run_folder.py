@@ -105,6 +105,8 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_object(path)
         files = {str(name): (entry["sha256"], int(entry["bytes"])) for name, entry in manifest["files"].items()}
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError("its end is missing")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so not a complete checkpoint; choose another") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

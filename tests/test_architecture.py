@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
-SHARED = {"errors", "version", "faults", "json_files"}
+SHARED = {"errors", "version", "faults", "json_files", "redaction"}
 # small modules that every room may use
-TOOLS = {"faults", "json_files"}
+TOOLS = {"faults", "json_files", "redaction"}
 # room -> the other rooms and modules of the package that it may import
 ARROWS = {
     "ops": set(),

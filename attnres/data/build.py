@@ -25,6 +25,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from attnres import faults
 from attnres.data.config import SPLITS, DataConfig
 from attnres.data.corpus import DOCUMENTS, FORMAT, MANIFEST, TOKENIZER, Corpus, manifest_sha256, open_corpus
 from attnres.data.duplicates import group_near_duplicates, minhash_signature
@@ -146,6 +147,7 @@ def _build_in_place_of(final: Path, config: DataConfig) -> None:
     building.mkdir()
     try:
         _build(building, config)
+        faults.point("corpus.rename")
         os.replace(building, final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -154,6 +156,7 @@ def _build_in_place_of(final: Path, config: DataConfig) -> None:
 def _build(folder: Path, config: DataConfig) -> None:
     logger.info("preparing data.source=%s; later runs reuse it", config.source)
     plan = _group_and_split(config)
+    faults.point("corpus.read")
     if config.tokenizer is None:
         train_tokenizer(_training_texts(config, plan), config.vocab_size).save(str(folder / TOKENIZER))
         given = folder / TOKENIZER
@@ -247,6 +250,7 @@ def _write_shards(
         documents = _reread(config, plan)
         while batch := list(islice(documents, _ENCODE_DOCUMENTS)):
             encoded = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
+            faults.point("corpus.shards")
             for document, encoding in zip(batch, encoded, strict=True):
                 index = len(names)
                 writer = writers[plan.split[index]]

@@ -184,7 +184,7 @@ def _read_jsonl(file: SourceFile, column: str, after: int) -> Iterator[tuple[int
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{file.path}, line {number}: not JSON ({error}); correct it") from error
             if not isinstance(row, dict) or column not in row:
                 keys = sorted(row) if isinstance(row, dict) else type(row).__name__

@@ -1,6 +1,5 @@
 """The byte-level BPE: trained on the train split, or one that exists already."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from attnres.errors import DataError
+from attnres.json_files import read_object
 
 # Texts longer than this are encoded in pieces, of at most the second number of characters.
 PIECE_CHARACTERS = 128 * 1024
@@ -19,6 +19,9 @@ _WORD_BORDER = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 _CONTEXT = 256
 
 EOS_TOKEN = "<|endoftext|>"
+# Real vocabularies have few gaps; one id of four billion would ask for an embedding of that many rows.
+_MOST_IDS_PER_ENTRY = 2
+_SPARE_IDS = 1024
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -65,7 +68,9 @@ def load_tokenizer(file: Path) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a panic of its own on the unforeseen
         raise DataError(f"{file}: not a readable tokenizer.json ({error}); give another") from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -79,13 +84,16 @@ def end_of_text_id(tokenizer: Tokenizer, file: Path) -> int:
     Raises:
         DataError: The tokenizer has neither.
     """
-    names = [EOS_TOKEN]
+    names: list[object] = [EOS_TOKEN]
     settings = file.with_name("tokenizer_config.json")
     if settings.is_file():
-        named = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        names.append(named["content"] if isinstance(named, dict) else named)
+        try:
+            named = read_object(settings).get("eos_token")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{settings}: unreadable ({error}); restore it or leave it out") from error
+        names.append(named.get("content") if isinstance(named, dict) else named)
     for name in names:
-        if name is not None and (token := tokenizer.token_to_id(name)) is not None:
+        if isinstance(name, str) and (token := tokenizer.token_to_id(name)) is not None:
             return token
     raise DataError(f"{file}: no {EOS_TOKEN} token, nor an eos_token in {settings.name} beside it; add one")
 
@@ -134,5 +142,12 @@ def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, which is what an embedding needs."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    """One more than the largest id, which is what an embedding needs.
+
+    Raises:
+        DataError: There is no entry, or the largest id is far beyond their number.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) >= _MOST_IDS_PER_ENTRY * len(ids) + _SPARE_IDS:
+        raise DataError(f"tokenizer: {len(ids)} entries with ids up to {max(ids, default=0):,}; give another")
+    return max(ids) + 1

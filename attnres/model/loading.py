@@ -1,8 +1,9 @@
 """One door for every kind of checkpoint, and the wraps that make a vanilla Qwen3 routable."""
 
-import json
+import dataclasses
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from attnres.errors import CheckpointError
+from attnres.json_files import read_object
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.released import read_weights, released_convention, weight_files
@@ -24,6 +26,8 @@ SCHEDULES: tuple[Schedule, ...] = ("recency", "uniform")
 _HUB_ID_PARTS = 2
 # A configuration may claim this many times what its file holds (tied or absent tensors) before it is refused.
 _MOST_CLAIMED_OVER_HELD = 4
+# What older versions of the library wrote where there is `rope_parameters` and `dtype` now.
+_OLD_FIELDS = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "model_type"})
 
 
 def model_folder(path: str | Path) -> Path:
@@ -77,35 +81,45 @@ def _download(hub_id: str) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        return read_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {folder}: config.json cannot be read ({error}); copy the folder again"
         ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"checkpoint {folder}: config.json holds no object; copy the folder again")
-    return config
 
 
 def _build_config(folder: Path, stored: dict[str, Any], names: set[str]) -> Qwen3Config:
-    """The configuration of a checkpoint; it is data, never code (`auto_map` is ignored)."""
+    """The configuration of a checkpoint: data, never code.
+
+    Fields of the configuration alone are taken. `auto_map` names code to import, and the library downloads and runs the
+    attention kernel that `attn_implementation` names.
+    """
     kind = stored.get("model_type")
     if kind not in ("qwen3", "qwen3_attnres"):
         raise CheckpointError(f"checkpoint {folder}: model_type {kind!r} is neither 'qwen3' nor 'qwen3_attnres'")
-    stored = {key: value for key, value in stored.items() if key != "auto_map"}
+    layers = {match[1] for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    claimed = stored.get("num_hidden_layers")
+    # Before anything loops over them.
+    if isinstance(claimed, int) and claimed > len(layers):
+        raise CheckpointError(
+            f"checkpoint {folder}: config.json asks for {claimed:,} layers, the file holds {len(layers)}"
+        )
+    for key, known in (("attnres_mode", "block"), ("attnres_gate_type", "bias")):
+        if kind != "qwen3" and stored.get(key, known) != known:
+            raise CheckpointError(f"checkpoint {folder}: {key}={stored[key]!r} is not supported, only {known!r}")
+    config_class: type[Qwen3Config] = Qwen3Config if kind == "qwen3" else Qwen3AttnResConfig
+    fields = {field.name for field in dataclasses.fields(config_class)} | _OLD_FIELDS
+    stored = {key: value for key, value in stored.items() if key in fields}
     try:
-        if kind == "qwen3":
-            return Qwen3Config.from_dict(stored)
-        for key, known in (("attnres_mode", "block"), ("attnres_gate_type", "bias")):
-            if stored.get(key, known) != known:
-                raise CheckpointError(f"checkpoint {folder}: {key}={stored[key]!r} is not supported, only {known!r}")
-        stored.setdefault("attnres_sources", released_convention(names))
-        return Qwen3AttnResConfig.from_dict(stored)
-    except CheckpointError:
-        raise
+        if kind != "qwen3":
+            stored.setdefault("attnres_sources", released_convention(names))
+        return config_class.from_dict(stored)
     except Exception as error:  # the library's own validation raises several types
-        told = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint {folder}: config.json describes no model: {told}") from error
+        raise _no_model(folder, error) from error
+
+
+def _no_model(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder}: config.json describes no model: {' '.join(str(error).split())}")
 
 
 def load_model(
@@ -146,12 +160,18 @@ def load_model(
                 weights[name][-1] = config.attnres_recency_bias_init
     build: Any = Qwen3AttnResForCausalLM if isinstance(config, Qwen3AttnResConfig) else Qwen3ForCausalLM
     stored_dtype = next(iter(weights.values())).dtype
-    with torch.device("meta"):
-        model: Any = build(config)
+    try:
+        with torch.device("meta"):
+            model: Any = build(config)
+    except Exception as error:  # whatever a value that passed validation leads to
+        raise _no_model(folder, error) from error
+    # Before anything of the size that the configuration claims is allocated.
+    _check_weights(folder, model, weights)
     model = model.to_empty(device="cpu").to(dtype or stored_dtype)
     # Buffers that are not stored (rotary frequencies) come from a real build of the module.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    _assign(folder, model, weights)
+    model.load_state_dict(weights)
+    model.tie_weights()
     if isinstance(config, Qwen3AttnResConfig):
         values = [weights[name].float() for name in weights if name.endswith("_res_bias")]
         flat = torch.cat([value.flatten() for value in values])
@@ -172,7 +192,8 @@ def _check_size(folder: Path, config: Qwen3Config, weights: dict[str, Tensor]) -
         )
 
 
-def _assign(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def _check_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Every parameter is there, finite, of its shape, and nothing is left over; adds the tied head to `weights`."""
     if model.config.tie_word_embeddings:
         weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight", torch.empty(0)))
     wanted = model.state_dict()
@@ -188,12 +209,10 @@ def _assign(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) ->
                 f"checkpoint {folder}: {name} has shape {tuple(tensor.shape)}, the configuration says "
                 f"{tuple(wanted[name].shape)}; they do not belong together"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(
                 f"checkpoint {folder}: {name} holds a value that is not finite; use an earlier checkpoint"
             )
-    model.load_state_dict(weights)
-    model.tie_weights()
 
 
 def wrap_qwen3(

@@ -23,7 +23,7 @@ from attnres.probe.judgement import findings, judge, registered_as, windows_dige
 from attnres.probe.locate import Located
 from attnres.probe.runner import Split, Subject, Tables
 from attnres.probe.subjects import Further
-from attnres.provenance import write_json, write_text
+from attnres.provenance import whole_file, write_json, write_text
 
 __all__ = ["TRAINED", "Setting", "preregistration", "register", "write_tables"]
 
@@ -174,9 +174,11 @@ def write_tables(
     """Judge the cells, write every table and `summary.json`, and return the table of cells."""
     grid, statistics = setting.grid, setting.statistics
     judged = judge(tables.effects, tables.mass, eligibility, statistics)
-    tables.effects.to_parquet(folder / "effects.parquet", index=False)
-    tables.effects.to_csv(folder / "effects.csv", index=False)
-    tables.mass.to_parquet(folder / "mass.parquet", index=False)
+    for name, frame in (("effects", tables.effects), ("mass", tables.mass)):
+        with whole_file(folder / f"{name}.parquet") as part:
+            frame.to_parquet(part, index=False)
+    with whole_file(folder / "effects.csv") as part:
+        tables.effects.to_csv(part, index=False)
     judged.write(folder)
     for name, frame in (("routing", tables.routing), ("eligibility", eligibility)):
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))

@@ -18,6 +18,7 @@ from attnres.probe.report_figures import Drawing, draw
 from attnres.probe.report_page import render_html, render_text, write_file
 from attnres.probe.report_tables import Tables, one_line, read_tables
 from attnres.probe.report_viewer import read_viewer
+from attnres.run_folder import refuse_unsafe_loading
 
 _SECTIONS = {
     "claims": "Claims",
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
+        refuse_unsafe_loading()
         if len(given.folder) == 1:
             path = write_report(given.folder[0], given.out)
         else:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from attnres import faults
 from attnres.errors import ConfigError, StorageError
 from attnres.probe import plotting
 from attnres.probe import report_text as words
@@ -90,6 +91,7 @@ def write_file(folder: Path, name: str, text: str) -> Path:
         part.unlink(missing_ok=True)  # left by a kill, or a link: neither is written through
         with part.open("xb") as file:
             file.write(text.encode("utf-8", errors="replace"))
+        faults.point("report.write")
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """What a probe leaves in its folder for the report: read, checked, typed. No table is computed here."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ import pandas as pd
 from pyarrow import parquet
 
 from attnres.errors import ConfigError, DataError
+from attnres.json_files import read_object
+from attnres.redaction import redact_values
 
 _CELL = ("family", "sublayer", "band")
 _WINDOW = ("window", "document", "split")
@@ -78,6 +79,8 @@ _LISTS = ("models", "checks", "claims", "dissociation", "spearman", "plan_notes"
 _OBJECTS = ("grid", "statistics", "recency", "provenance")
 _JSON_NAMES = {list: "list", dict: "JSON object"}
 _MARGIN = 0.005  # nats/token, where the summary does not say
+# A table compresses: a file of a few bytes may claim any number of rows.
+_MOST_ROWS = 100_000_000
 _AGAIN = "run the probe again, or name the folder that it wrote"
 
 
@@ -172,6 +175,8 @@ def _read_frame(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             present = set(parquet.read_schema(path).names)
+            if (rows := parquet.read_metadata(path).num_rows) > _MOST_ROWS:
+                raise ValueError(f"{rows:,} rows, at most {_MOST_ROWS:,} are read")
             frame = pd.read_parquet(path, columns=[c for c in columns if c in present])
         else:
             # A model may be called NA: only an empty field and nan are missing values.
@@ -196,19 +201,16 @@ def _read_frame(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: {_AGAIN}") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read ({one_line(error)}): {_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} does not hold a JSON object: {_AGAIN}")
-    return value
 
 
 def _read_summary(path: Path) -> Mapping[str, Any]:
     """summary.json with its parts in the types that the report relies on; a part that is absent is empty."""
-    summary = dict(_read_json(path))
+    summary = dict(redact_values(_read_json(path)))
     for kind, names in ((list, _LISTS), (dict, _OBJECTS)):
         for name in names:
             summary[name] = kind() if summary.get(name) is None else summary[name]

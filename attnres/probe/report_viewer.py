@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from attnres.errors import DataError
+from attnres.json_files import read_object
 from attnres.probe.report_tables import one_line
 
 NAME, FORMAT = "viewer.json", 1
@@ -31,7 +32,7 @@ def read_viewer(folder: Path) -> Markup | None:
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} has more than {MAX_BYTES} bytes: delete it, and the report has no viewer")
     try:
-        shown = _checked(json.loads(path.read_text(encoding="utf-8")))
+        shown = _checked(read_object(path))
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise DataError(
             f"{path} is not what a probe writes ({one_line(error)}): delete it, and the report has no viewer"

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Qwen3ForCausalLM
 
+from attnres import faults
 from attnres.config import build, to_plain
 from attnres.data import Corpus, DataConfig, ProbeWindows, prepare, probe_windows
 from attnres.errors import AttnResError, CheckpointError, ConfigError, DataError, Stopped, StorageError
@@ -44,6 +45,7 @@ from attnres.probe.stopping import StopSignals, lock
 from attnres.probe.subjects import further_subjects, locate_controls
 from attnres.probe.viewer import write_viewer
 from attnres.provenance import collect
+from attnres.run_folder import refuse_links, refuse_unsafe_loading
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ def probe(config: ProbeConfig, command: str) -> Result | None:
         StorageError: a folder that cannot be written.
         Stopped: a signal came; what is finished is kept, and the same command resumes.
     """
+    refuse_unsafe_loading()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _device(config)
@@ -104,6 +107,7 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
     trained_at = locate(config.ckpt)
     baseline_at = locate_baseline(config.baseline, trained_at)
     controls_at = locate_controls(config, trained_at)
+    faults.point("probe.located")
     corpus = _corpus(config, trained_at, ranks)
     _same_text(config, corpus, trained_at)
     windows = _windows(config, corpus)
@@ -113,10 +117,11 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
     digests = [where.digest for where in (trained_at, baseline_at, *controls_at.values())]
     folder = Path(config.runs_dir) / f"probe_{trained_at.run}-{config_hash(config, digests)}"
     chosen, whole = (make(config.probe, trained.model.plan) for make in (candidates, whole_grid))
-    with _only_probe_in(folder, ranks):
+    with _only_probe_in(folder, ranks), _out_of_memory():
         ids, labels = (tensor[:CHECK_WINDOWS].to(trained.device) for tensor in _checked(windows))
         checks = [check for subject in subjects for check in check_subject(subject, vanilla, ids, labels)]
         require_passed(checks)
+        faults.point("probe.checked")
         if ranks.rank == 0:
             log.info("%d checks passed; writing to %s", len(checks), folder)
         statistics = dataclasses.replace(
@@ -137,9 +142,11 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
         with _storage_errors(folder):
             if ranks.rank == 0:
                 register(folder / "preregistration.json", preregistration(setting, [spec.id for spec in chosen]))
+            faults.point("probe.registered")
             tables, eligibility = _run(config, subjects, chosen, windows, parts_folder, ranks)
             if ranks.rank > 0:
                 return None
+            faults.point("probe.tables")
             judged = write_tables(folder, setting, tables, eligibility, len(chosen))
             write_viewer(folder, subjects[0], windows["confirm"], corpus)
             report = write_report(folder)
@@ -162,7 +169,18 @@ def _only_probe_in(folder: Path, ranks: Ranks) -> Iterator[None]:
             if not stack.enter_context(lock(folder)):
                 taken = ConfigError(f"{folder} is in use by another probe; wait for it or change the settings")
         ranks.agree(taken)
+        refuse_links(folder)
         yield
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """Names the setting that helps where a device, or the machine, has too little memory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ConfigError(f"out of memory ({told}); lower probe.batch_size (the result stays the same)") from error
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 
+from attnres import faults
 from attnres.data import ProbeWindows
 from attnres.errors import AttnResError, ConfigError, NumericsError, StorageError
 from attnres.model.families import FAMILIES, Cell, family_indices, family_of, grid, place_reads
@@ -343,6 +344,7 @@ def run_cells(subject: Subject, specs: Sequence[Spec], pilot: Pilot | None, exec
                         f"{subject.name}: {spec.id} gives a value that is not finite; check the checkpoint"
                     )
                 found.append(pd.DataFrame(identity | {"cell": spec.id} | values))
+            faults.point("probe.cell")
             execution.progress(len(group))
             stopping = execution.stopping()
             if stopping or time.monotonic() - written > _SECONDS_BETWEEN_PARTS:

@@ -22,7 +22,8 @@ from attnres.data import Corpus, TextDataModule, accumulation_steps, prepare
 from attnres.errors import AttnResError, CheckpointError, ConfigError, Stopped, StorageError
 from attnres.json_files import read_object
 from attnres.locate import Located
-from attnres.provenance import collect, redact_values, write_json, write_text
+from attnres.provenance import collect, write_json, write_text
+from attnres.redaction import redact_values
 from attnres.run_folder import (
     CHECKPOINTS,
     COMPLETE,

@@ -1,8 +1,8 @@
 """Where metrics go: a CSV file always, Weights & Biases when it works. Both are Lightning loggers."""
 
 import csv
+import io
 import logging
-import os
 import threading
 import urllib.error
 import urllib.request
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from attnres.provenance import write_text
 from attnres.training.config import LoggerConfig
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,6 @@ class CsvLogger(_BaseLogger):
         super().__init__()
         self.path = path
         self._columns = ["step", "tokens"]
-        self._rows: list[dict[str, str]] = []
         self._resume_step = resume_step
         self._opened = False
         self._tables: dict[str, CsvLogger] = {}
@@ -79,10 +79,10 @@ class CsvLogger(_BaseLogger):
         self.open()
         row = {"step": str(step)} | {name: _text(value) for name, value in metrics.items()}
         new = [name for name in row if name not in self._columns]
-        self._rows.append(row)
         if new:
+            earlier = self._read()
             self._columns += new
-            self._rewrite()
+            self._rewrite([*earlier, row])
             return
         with open(self.path, "a", encoding="utf-8", newline="") as stream:
             csv.DictWriter(stream, self._columns, restval="").writerow(row)
@@ -93,22 +93,24 @@ class CsvLogger(_BaseLogger):
         if self._opened:
             return
         self._opened = True
-        if self.path.exists():
-            with open(self.path, encoding="utf-8", newline="") as stream:
-                reader = csv.DictReader(stream)
-                # The last line of a killed process may be cut off anywhere.
-                rows = [r for r in reader if None not in r and None not in r.values() and r["step"].isdigit()]
-                self._columns = list(reader.fieldnames or self._columns)
-            self._rows = [r for r in rows if int(r["step"]) <= self._resume_step]
-        self._rewrite()
+        rows = self._read() if self.path.exists() else []
+        self._rewrite([r for r in rows if int(r["step"]) <= self._resume_step])
 
-    def _rewrite(self) -> None:
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        with open(temporary, "w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(temporary, self.path)
+    def _read(self) -> list[dict[str, str]]:
+        """The rows in the file, which alone remembers them: a long run has many."""
+        with open(self.path, encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            # The last line of a killed process may be cut off anywhere.
+            rows = [r for r in reader if None not in r and None not in r.values() and r["step"].isdigit()]
+            self._columns = list(reader.fieldnames or self._columns)
+        return rows
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
 
 
 class WandbLogger(_BaseLogger):

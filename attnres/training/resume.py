@@ -9,6 +9,7 @@ from attnres.config import differences, to_plain
 from attnres.data import Corpus
 from attnres.errors import CheckpointError, ConfigError
 from attnres.json_files import read_object
+from attnres.redaction import redact_values
 from attnres.run_folder import (
     CHECKPOINTS,
     COMPLETE,
@@ -107,7 +108,7 @@ def check_compatible(config: TrainConfig, corpus: Corpus, checkpoint: Path) -> N
     if not isinstance(stored, dict):
         raise CheckpointError(f"{checkpoint}: training.json holds no configuration; choose another checkpoint")
     old = without_execution_keys(stored)
-    new = without_execution_keys(to_plain(config))
+    new = without_execution_keys(redact_values(to_plain(config)))
     differing = [d for d in differences(old, new) if d[0] not in _MAY_DIFFER]
     for name, value in (("fingerprint", corpus.fingerprint), ("tokenizer_sha256", corpus.tokenizer_sha256)):
         if data.get(name) != value:

@@ -90,7 +90,7 @@ def test_verify_refuses_damage(folder: Path, damage: str) -> None:
     else:
         record = json.loads(manifest.read_text())
         record["files"]["../../config.yaml"] = {"sha256": "0", "bytes": 1}
-        manifest.write_text(json.dumps(record))
+        manifest.write_text(json.dumps(record) + "\n")
     with pytest.raises(CheckpointError, match="outside" if damage == "escape" else "choose another"):
         verify(path)
 
