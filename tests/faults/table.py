@@ -5,18 +5,21 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from attnres.provenance import git_state, versions, write_text
 from tests.faults.runner import Outcome
 
 
-def write_table(folder: Path, outcomes: Sequence[Outcome], command: str, work: Path) -> None:
-    """Writes both files; `command` made them, `work` is where things were broken."""
+def write_table(
+    folder: Path, outcomes: Sequence[Outcome], command: str, work: Path, parts: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Writes both files; `command` made them, `work` is where things were broken; `parts` ran side by side."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = " ".join(w for w in command.split(" ") if not w.startswith(("--work", "/")))
+    command = " ".join(w for w in command.split(" ") if not w.startswith(("--work", "--out", "/")))
     rows = [{k: _clean(v, work) for k, v in o.as_dict().items()} for o in outcomes]
     kept = {name: version for name, version in versions().items() if version}
-    record = {"command": command, "git": git_state(), "versions": kept, "outcomes": rows}
+    record = {"command": command, "git": git_state(), "versions": kept, "parts": list(parts), "outcomes": rows}
     write_text(folder / "summary.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     total, good = Counter(o.row for o in outcomes), Counter(o.row for o in outcomes if o.ok)
     lines = [
@@ -24,6 +27,8 @@ def write_table(folder: Path, outcomes: Sequence[Outcome], command: str, work: P
         "",
         f"Made by `{command}`; every line of it in `summary.json`.",
         "",
+        *(f"* `{part['command']}` at commit {str(part['git']['sha'])[:10]}" for part in parts),
+        *([""] if parts else []),
         f"{sum(good.values())} of {sum(total.values())} as promised.",
         "",
         "| promise | played | as promised |",
@@ -46,7 +51,8 @@ def main(arguments: Sequence[str]) -> None:
     out, *folders = map(Path, arguments)
     records = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     outcomes = [Outcome(**{k: v for k, v in row.items() if k != "ok"}) for r in records for row in r["outcomes"]]
-    write_table(out, outcomes, "python -m tests.faults --long", Path("/nowhere"))
+    parts = [{"command": r["command"], "git": r["git"]} for r in records]
+    write_table(out, outcomes, "python -m tests.faults --long", Path("/nowhere"), parts)
 
 
 def _clean(value: object, work: Path) -> object:
