@@ -44,7 +44,9 @@ _PROBE = (
     "probe.documents_confirm=6 probe.batch_size=4 statistics.sign_flips=999 statistics.bootstrap=100"
 )
 # What a clock or a machine decides.
-_UNREPEATABLE = {"tokens_per_second", "data_wait"}
+_UNREPEATABLE = {
+    *("tokens_per_second", "tokens_per_second_per_device", "data_wait", "eta_seconds", "mfu", "peak_memory_gib"),
+}
 _TABLES = ("effects.parquet", "mass.parquet", "cells.csv", "contrasts.csv", "routing.csv")
 
 
