@@ -19,6 +19,7 @@ from attnres.errors import ConfigError, DataError
 from attnres.probe import report, report_text
 from attnres.probe.report_figures import SECTIONS
 from attnres.probe.report_tables import REQUIRED, read_tables
+from attnres.probe.report_viewer import read_viewer
 from tests.probe.synthetic_tables import write_tables
 
 ROOT = Path(report.__file__).parents[2]
@@ -420,3 +421,54 @@ def test_markdown_table_keeps_its_columns_whatever_the_text():
     table = report_text.markdown_table(["a", "b"], [["x|y", "1\n2"], ["\x1b[2J", "<b>"]])
     assert [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()] == [3, 3, 3, 3]
     assert "\x1b" not in table
+
+
+def test_report_without_viewer_data_has_no_viewer(folder, render):
+    html, _ = render(folder)
+    assert "viewer-holder" not in html.split("<script>")[0] and 'href="#viewer"' not in html
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"sequences": []},
+        {"sequences": [{"document": "a", "tokens": ["x", "y"], "weights": [[1, 2, 3]]}]},
+        {"sequences": [{"document": "a", "tokens": [7], "weights": [[1, 2]]}]},
+        {"reads": [{"read": 0}]},
+    ],
+)
+def test_report_names_viewer_data_that_no_probe_wrote(folder, change):
+    read = {"read": 0, "layer": 0, "sublayer": "attn", "sources": ["a", "b"], "families": ["embedding", "current"]}
+    sequence = {"document": "a", "tokens": ["x"], "weights": [[400, 600]]}
+    good = {"format": 1, "model": "attnres", "reads": [read], "sequences": [sequence]}
+    (folder / "viewer.json").write_text(json.dumps(good))
+    assert '"tokens":["x"]' in read_viewer(folder)
+    (folder / "viewer.json").write_text(json.dumps(good | change))
+    with pytest.raises(DataError, match=r"viewer\.json is not what a probe writes .*: delete it"):
+        read_viewer(folder)
+
+
+def test_viewer_data_cannot_end_its_element_and_hides_nothing(folder):
+    hostile = "</script><!--\u202e\u2028\x1b &amp;"
+    read = {"read": 0, "layer": 0, "sublayer": hostile, "sources": [hostile], "families": [hostile]}
+    sequence = {"document": hostile, "tokens": [hostile], "weights": [[1000]]}
+    data = {"format": 1, "model": hostile, "reads": [read], "sequences": [sequence]}
+    (folder / "viewer.json").write_text(json.dumps(data))
+    text = str(read_viewer(folder))
+    assert not set("<>&\u202e\u2028\x1b") & set(text)
+    assert json.loads(text)["sequences"][0]["tokens"] == ["</script><!--⟨U+202E⟩⟨U+2028⟩⟨U+001B⟩·&amp;"]
+
+
+def test_claims_have_a_column_for_each_baseline(folder, render):
+    claims = [{"claim": "a", "verdict": "reproduced", "against": {"uniform": "not reproduced"}}, {"claim": "b"}]
+    change_summary(folder, claims=claims)
+    html, md = render(folder)
+    assert "Against recency</th>" in html and "Against uniform</th>" in html
+    assert re.search(r"\| a +\| reproduced +\| – +\| not reproduced +\|", md)
+
+
+def test_adjusted_p_says_which_correction_it_is():
+    assert report_text.adjusted({"p_holm": 0.02, "p_fdr": 0.01}) == "0.02"
+    assert report_text.adjusted({"p_holm": float("nan"), "p_fdr": 0.01}) == "0.01 (BH)"
+    assert report_text.adjusted({"p_holm": float("nan")}) == "–"
