@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Qwen3Config
 
 from attnres.config import require
 from attnres.data import accumulation_steps
+from attnres.training.base import freeze
 from attnres.training.config import TrainConfig, TrainerConfig
 from attnres.training.flops import GPUS, flops_per_token, known_gpu
 from attnres.training.loss import LOGITS_BYTES, choose
@@ -90,6 +91,7 @@ def make_plan(config: TrainConfig, cluster: ClusterConfig) -> Plan:
     architecture = model_config(config.model, vocab_size, eos_id=0, sequence_length=length)
     with FakeTensorMode():
         model = KINDS[config.model["kind"]][1](architecture)
+        freeze(model, config.trainable)
         activations = saved_bytes(model, settings, length)
     per_token = flops_per_token(model, architecture, length)
     tokens_per_step = settings.global_batch_size * length
@@ -111,11 +113,11 @@ def make_plan(config: TrainConfig, cluster: ClusterConfig) -> Plan:
 def saved_bytes(model: PreTrainedModel, settings: TrainerConfig, length: int) -> float:
     """Bytes that autograd keeps of one micro-batch below the head: activations, and low-precision weight copies."""
     kept: dict[int, int] = {}
-    own = {id(p.untyped_storage()) for p in model.parameters()}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if id(storage) not in own:
+        if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
@@ -135,6 +137,7 @@ def _memory(
     model: PreTrainedModel, config: Qwen3Config, settings: TrainerConfig, length: int, gpus: int, saved: float
 ) -> dict[str, float]:
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bf16 = settings.precision == "bf16-mixed"
     sharded = settings.strategy == "fsdp2"
     ranks = gpus if sharded else 1
@@ -149,8 +152,8 @@ def _memory(
         activations += (saved - copies) / config.num_hidden_layers
     memory = {
         "parameters (fp32)": 4.0 * parameters / ranks,
-        "gradients (fp32)": 4.0 * parameters / ranks,
-        "optimizer (two fp32 moments)": 8.0 * parameters / ranks,
+        "gradients (fp32)": 4.0 * trained / ranks,
+        "optimizer (two fp32 moments)": 8.0 * trained / ranks,
         "activations": activations,
     }
     if sharded:

@@ -48,8 +48,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
         Lightning's own numbers parameters in the model's order instead of the optimizer's, and cannot read it back.
         """
-        gathered = _gather(getattr(optimizer, "optimizer", optimizer).state_dict())
-        return gathered if self.global_rank == 0 else {}
+        first = self.global_rank == 0
+        gathered = _gather(getattr(optimizer, "optimizer", optimizer).state_dict(), keep=first)
+        return gathered if first else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Every rank reads and checks the file, and keeps its shards."""
@@ -77,15 +78,16 @@ class ShardedStrategy(ModelParallelStrategy):
         Strategy.save_checkpoint(self, checkpoint, path, storage_options)
 
 
-def _gather(value: Any) -> Any:
-    """Nested containers with every sharded tensor made whole, on the CPU; all ranks must call it."""
+def _gather(value: Any, keep: bool) -> Any:
+    """Containers with every sharded tensor made whole, on the CPU of the ranks that keep it; all ranks must call it."""
     if isinstance(value, dict):
-        return {key: _gather(item) for key, item in value.items()}
+        return {key: _gather(item, keep) for key, item in value.items()}
     if isinstance(value, list):
-        return [_gather(item) for item in value]
-    if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
-    return value.cpu() if isinstance(value, Tensor) else value
+        return [_gather(item, keep) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.cpu() if keep else None
 
 
 def _scatter(value: Tensor, like: Tensor) -> Tensor:

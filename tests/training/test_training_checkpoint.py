@@ -133,6 +133,8 @@ def test_exported_folder_loads_with_the_same_logits(
     trained.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
     ids = torch.arange(16)[None]
     assert torch.equal(loaded.eval()(ids).logits, trained.eval()(ids).logits)
+    written = loaded.generate(ids[:, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert written.shape == (1, 7) and torch.equal(written[:, :4], ids[:, :4])
 
     corpus = prepare(DataConfig(**data))
     tokenizer = AutoTokenizer.from_pretrained(export)
