@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Of the preempted job.
+STEPS = 12
 
 
 @pytest.fixture
@@ -61,6 +64,12 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
 
 
+def end(job: subprocess.Popen[str]) -> None:
+    """Leaves nothing of a job behind, whatever happened."""
+    with suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+
+
 def only_run(tmp_path: Path) -> Path:
     (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "multirun")
     return folder
@@ -98,7 +107,7 @@ echo "$@" >> "$REQUEUED"
 
 
 def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
-    tmp_path: Path, words: list[str]
+    tmp_path: Path, words: list[str], request: pytest.FixtureRequest
 ) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
@@ -119,12 +128,12 @@ def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
         SLURM_NODELIST="localhost",
         MASTER_ADDR="127.0.0.1",
     )
-    arguments = cluster_words(words, "fsdp2", 30)
+    arguments = cluster_words(words, "fsdp2", STEPS)
     # The recipe sets it from what SLURM says.
     arguments.remove("trainer.devices=2")
 
     def submit() -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        job = subprocess.Popen(
             ["bash", "scripts/train.sbatch", *arguments],
             cwd=ROOT,
             env=slurm,
@@ -133,6 +142,8 @@ def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
             text=True,
             start_new_session=True,
         )
+        request.addfinalizer(lambda: end(job))
+        return job
 
     first = submit()
     deadline = time.monotonic() + 900
@@ -154,8 +165,8 @@ def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
     assert second.returncode == 0, told
     assert requeued.read_text() == f"requeue {job}\n"
     assert only_run(tmp_path) == folder
-    assert json.loads((folder / "complete.json").read_text())["step"] == 30
-    assert len((folder / "metrics.csv").read_text().splitlines()) == 31
+    assert json.loads((folder / "complete.json").read_text())["step"] == STEPS
+    assert len((folder / "metrics.csv").read_text().splitlines()) == STEPS + 1
 
 
 def test_sweep_of_three_jobs_leaves_three_folders(tmp_path: Path, words: list[str]) -> None:

@@ -4,6 +4,8 @@ import csv
 import json
 import logging
 import random
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from training_runs import run, settings
 from attnres.config import build
 from attnres.run_folder import list_steps, verify
 from attnres.training.checkpoint import prune
-from attnres.training.config import TrainConfig, TrainerConfig, config_hash
+from attnres.training.config import LoggerConfig, TrainConfig, TrainerConfig, config_hash
 from attnres.training.flops import flops_per_token, known_gpu, peak_flops
-from attnres.training.loggers import WandbLogger
+from attnres.training.loggers import CsvLogger, WandbLogger
 from attnres.training.models import build_model, model_config
 from attnres.training.module import CausalLMModule
 from attnres.training.schedule import CheckpointSchedule
@@ -123,6 +125,35 @@ def test_train_alerts_at_a_loss_spike_and_goes_on(
     assert (folder / "complete.json").exists()
     assert caplog.text.count("LOSS SPIKE at step 18") == 1
     assert len(alerts) == 1 and alerts[0].startswith("attnres, step 18")
+
+
+def test_loggers_take_tables_and_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            sent.append((step, values))
+
+        def alert(self, title: str, text: str) -> None:
+            sent.append((title, text))
+
+    fake = types.SimpleNamespace(
+        init=lambda **_: Run(), Settings=lambda **_: None, Table=lambda columns, data: (columns, data)
+    )
+    fake.Settings.model_fields = {}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    table = [{"tokens": 7, "family": "older", "mass": 0.5}, {"tokens": 7, "family": "recent", "mass": 0.25}]
+    for logger in (WandbLogger(LoggerConfig(), tmp_path, "id", {}), CsvLogger(tmp_path / "metrics.csv", 0)):
+        logger.log_table("routing", table, step=3)
+        logger.alert("Loss spike", "at step 3")
+    columns = ["tokens", "family", "mass"]
+    assert sent == [
+        (3, {"routing": (columns, [[7, "older", 0.5], [7, "recent", 0.25]])}),
+        ("Loss spike", "at step 3"),
+    ]
+    assert (tmp_path / "routing.csv").read_text().split() == [
+        *("step,tokens,family,mass", "3,7,older,0.5", "3,7,recent,0.25")
+    ]
 
 
 @pytest.mark.parametrize("kind", ["attnres", "vanilla"])
