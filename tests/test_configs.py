@@ -72,6 +72,14 @@ def test_every_option_of_a_probe_group_composes(group):
         build(ProbeConfig, compose("probe", f"{group}={path.stem}"))
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("null", None), ("[runs/a,runs/b-1]", ("runs/a", "runs/b-1")), ("{one:runs/a-0}", {"one": "runs/a-0"})],
+)
+def test_controls_of_a_probe_are_a_list_or_a_mapping_on_the_command_line(given, read):
+    assert build(ProbeConfig, compose("probe", f"controls={given}")).controls == read
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs `train.py` or `probe.py` as their own process would, in this one: exit code, stdout, stderr."""

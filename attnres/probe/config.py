@@ -129,7 +129,7 @@ class ProbeConfig:
 
     ckpt: str
     baseline: str | None = None
-    controls: dict[str, str] | tuple[str, ...] = ()
+    controls: dict[str, Any] | tuple[str, ...] | None = None
     data: dict[str, Any] = field(default_factory=dict)
     runs_dir: str = "runs"
     cache_dir: str = "cache"
@@ -142,6 +142,8 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.devices >= 1, f"devices: expected at least 1, received {self.devices}")
+        for name, path in self.controls.items() if isinstance(self.controls, dict) else ():
+            require(isinstance(path, str), f"controls.{name}: expected a path, received {path!r}")
 
 
 def config_hash(config: ProbeConfig, models: list[str]) -> str:

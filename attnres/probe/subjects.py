@@ -42,7 +42,7 @@ def locate_controls(config: ProbeConfig, trained: Located) -> dict[str, Located]
         ConfigError: a name that is taken, or another tokenizer than the trained model's.
         CheckpointError: as `locate`.
     """
-    given = config.controls
+    given = config.controls or ()
     named = given.items() if isinstance(given, Mapping) else (("", path) for path in given)
     found: dict[str, Located] = {}
     for name, path in named:
