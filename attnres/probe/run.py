@@ -137,7 +137,8 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
         provenance = collect(command, {"probe": config.probe.seed, "statistics": statistics.seed}, hashes)
         located = (trained_at, baseline_at)
         setting = Setting(config.probe, statistics, subjects, located, windows, checks, provenance, further)
-        measured_on = [to_plain(config.probe), hashes, provenance["versions"], device.type]
+        code = [provenance["versions"], provenance["git"]["sha"], device.type]
+        measured_on = [to_plain(config.probe), hashes, code]
         parts_folder = folder / PARTS / digest(measured_on)
         with _storage_errors(folder):
             if ranks.rank == 0:
