@@ -1,0 +1,58 @@
+"""Gradient attribution: what masking would do to the loss, to first order, for every cell from one backward pass.
+
+Masking a family F at a read moves its mix from `h` to `h_-F = sum_{i not in F} a_i v_i / (1 - a_F)`. To first order the
+loss changes by `<dL/dh, h_-F - h>`. The mix is `h = sum_i exp(l_i) v_i`, so that the gradient with respect to the log
+weights is `G_i = a_i <dL/dh, v_i>`, and the estimate needs nothing else:
+
+    dL_F = sum_{i not in F} G_i / (1 - a_F) - sum_i G_i
+
+A cell's estimate sums those of its reads. It is exact as the displacement goes to zero, and no substitute for the exact
+ablation: removing a family whole is no small step, and at a trained model the first order nearly cancels. On two runs
+of 6 layers, width 64 and 750 steps, over 18 cells and 16 windows, its Spearman correlation with exact masking was 0.31
+and 0.25; for `scale:0.98` on an untrained model it was 0.99.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnres.model.families import Cell, family_indices
+from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.model.state import Trace
+from attnres.probe.runner import run_clean
+
+
+def attribution(
+    model: Qwen3AttnResForCausalLM, input_ids: Tensor, labels: Tensor, cells: Sequence[Cell]
+) -> dict[Cell, Tensor]:
+    """First-order estimate of the dNLL of masking each cell, per window.
+
+    Args:
+        model: its routing parameters require gradients, as after `load_model`.
+        input_ids, labels: `[B, T]`.
+        cells: eligible ones.
+
+    Returns:
+        Cell -> `[B]`, nats/token.
+    """
+    traces: dict[int, Trace] = {}
+
+    def observe(trace: Trace) -> None:
+        if trace.log_weights.requires_grad:
+            traces[trace.site.read] = trace
+
+    clean = run_clean(model, input_ids, labels, (), observe)
+    wanted = sorted({read for cell in cells for read in cell.reads})
+    log_weights = [traces[read].log_weights for read in wanted]
+    # Windows do not see each other, so the gradient of the sum is that of each.
+    gradients = torch.autograd.grad(clean.readout.nll.mean(-1).sum(), log_weights)
+    found = {cell: torch.zeros(input_ids.shape[0], dtype=clean.logits.dtype) for cell in cells}
+    for read, weights, gradient in zip(wanted, log_weights, gradients, strict=True):
+        size = weights.shape[-1]
+        for cell in (cell for cell in cells if read in cell.reads):
+            others = [i for i in range(size) if i not in family_indices(cell.family, size)]
+            left = weights.detach()[..., others].exp().sum(-1)
+            moved = gradient[..., others].sum(-1) / left - gradient.sum(-1)
+            found[cell] += moved.sum(-1).to(found[cell])
+    return found
