@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +345,8 @@ def _first(trap: Trap) -> str:
 
 def _report(change: Callable[[Trap, Path], None]) -> Callable[[Trap], tuple[str, list[str]]]:
     def prepare(trap: Trap) -> tuple[str, list[str]]:
-        change(trap, trap.world.probed)
+        # Pandas and pyarrow start threads, which a process that forks must not have.
+        fork(partial(change, trap, trap.world.probed), trap.folder / "logs" / "prepare.log").wait()
         return "report", [str(trap.world.probed)]
 
     return prepare
@@ -385,7 +387,7 @@ def _many_rows(trap: Trap, folder: Path) -> None:
     import pyarrow.parquet as pq
 
     frame = pd.read_parquet(folder / "effects.parquet")
-    constant = pa.Table.from_pandas(pd.concat([frame.iloc[:1]] * 1_000_000), preserve_index=False)
+    constant = pa.Table.from_pandas(frame.iloc[[0] * 1_000_000], preserve_index=False)
     with pq.ParquetWriter(folder / "effects.parquet", constant.schema, compression="zstd") as writer:
         for _ in range(101):
             writer.write_table(constant)
