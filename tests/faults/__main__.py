@@ -7,6 +7,7 @@ against every entry point, and two-process runs. The outcome is a table, `summar
 import argparse
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="random SIGKILLs, a fifth of them into probes (long: 200)")
     parser.add_argument("--real-kills", type=int, help="of these, with the real command line (long: 20)")
     parser.add_argument("--flips", type=int, help="random flips and truncations (long: 1000, short: 100)")
-    parser.add_argument("--only", help="scenarios and hostile files whose name contains this")
+    parser.add_argument("--only", help="scenarios and hostile files whose name has a match for this expression")
     parser.add_argument("--parts", default=",".join(PARTS), help="which parts, by comma")
     parser.add_argument("--seed", type=int, default=0, help="of the random kills and flips")
     parser.add_argument("--out", type=Path, help="folder for the table")
@@ -47,7 +48,7 @@ def _run(arguments: argparse.Namespace, work: Path) -> int:
     outcomes: list[Outcome] = []
 
     def wanted(name: str, short: bool) -> bool:
-        return only in name if only is not None else long or short
+        return re.search(only, name) is not None if only is not None else long or short
 
     def add(play_one: Callable[[], Outcome | list[Outcome]]) -> None:
         found = play_one()

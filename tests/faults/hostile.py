@@ -23,7 +23,7 @@ from attnres.data.shards import digest
 from attnres.run_folder import sha256_of
 from tests.faults.runner import Outcome
 from tests.faults.scenarios import own_cache
-from tests.faults.world import Base
+from tests.faults.world import Base, fork
 
 ROW = "malicious input"
 MOST_MIB = 1500
