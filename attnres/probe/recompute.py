@@ -169,7 +169,8 @@ def _belong_together(first: Measured, part: Measured) -> None:
 def _merged(parts: Sequence[Measured], name: str, key: list[str], values: list[str]) -> pd.DataFrame:
     """One table of all parts; what several of them measured must agree, and is taken from the first."""
     table = pd.concat([getattr(part, name) for part in parts], ignore_index=True)
-    spread = table.groupby(key, sort=False)[values].agg(lambda column: column.max() - column.min())
+    grouped = table.groupby(key, sort=False)[values]
+    spread = grouped.max() - grouped.min()
     if table.duplicated(key).any() and (spread > OVERLAP_LIMIT).to_numpy().any():
         where = spread.index[(spread > OVERLAP_LIMIT).any(axis=1)][0]
         raise DataError(
