@@ -118,6 +118,9 @@ def play(base: Base, case: Case) -> Outcome:
     if SECRET in told:
         wrong.append("a secret in the log")
     for path in trap.world.runs.rglob("*"):
+        # Of a report, what was drawn: the secret is in the summary that it was drawn from.
+        if command == "report" and not path.name.startswith("report."):
+            continue
         if path.is_file() and not path.is_symlink() and SECRET.encode() in path.read_bytes():
             wrong.append(f"a secret in {path.relative_to(trap.world.runs)}")
             break
@@ -167,7 +170,7 @@ def _base(trap: Trap) -> tuple[str, list[str]]:
     return "train", [
         f"init.base={trap.step('vanilla')}",
         "init.wrap=uniform",
-        "model.attnres_exact_uniform=true",
+        "+model.attnres_exact_uniform=true",
         "name=other",
     ]
 
