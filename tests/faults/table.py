@@ -50,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
     """`python -m tests.faults.table OUT FOLDER...`: one table from parts of the suite that ran side by side."""
     out, *folders = map(Path, arguments)
     records = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    outcomes = [Outcome(**{k: v for k, v in row.items() if k != "ok"}) for r in records for row in r["outcomes"]]
+    # What was played again, after a mend, stands in the place of what was played before.
+    latest = {(row["part"], row["name"]): row for r in records for row in r["outcomes"]}
+    outcomes = [Outcome(**{k: v for k, v in row.items() if k != "ok"}) for row in latest.values()]
     parts = [{"command": r["command"], "git": r["git"]} for r in records]
     write_table(out, outcomes, "python -m tests.faults --long", Path("/nowhere"), parts)
 
