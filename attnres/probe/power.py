@@ -236,9 +236,9 @@ def null_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "d
         shape = (documents, replicates)
         if where == "dnll":
             dnll = config.margin + _NARROW * draw(rng, shape)
-            kl = np.zeros(shape)
+            kl: Floats = np.zeros(shape)
         else:
-            dnll = 0.1 * _NARROW * rng.normal(size=shape)
+            dnll = 0.1 * _NARROW * _normal(rng, shape)
             kl = config.margin * (1 + draw(rng, shape))
         tests = margin_tests(dnll, kl, config.margin)
         never = np.ones(replicates)  # the other tests come later in the order of verdicts

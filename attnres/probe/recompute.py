@@ -86,9 +86,9 @@ def _check(measured: Measured) -> None:
         raise DataError(f"{folder}: effects of {min(unknown)}, which was not preregistered")
     excluded = {(row["model"], row["cell"]) for row in registered["exclusions"]}
     listed = measured.eligibility.set_index(["model", "cell"])["eligible"]
-    for key in excluded:
-        if listed.get(key, False):
-            raise DataError(f"{folder}: {key[1]} of {key[0]} is eligible, but was excluded when it was preregistered")
+    for model, cell in excluded:
+        if listed.get((model, cell), False):
+            raise DataError(f"{folder}: {cell} of {model} is eligible, but was excluded when it was preregistered")
 
 
 def recompute(measured: Measured) -> tuple[Judged, list[str]]:
@@ -154,9 +154,7 @@ def _belong_together(first: Measured, part: Measured) -> None:
         "statistics": (ours["statistics"], theirs["statistics"]),
         "splits": (ours["splits"], theirs["splits"]),
         "models": (ours.get("models"), theirs.get("models")),
-        "probe settings": tuple(
-            {key: value for key, value in found["probe"].items() if key not in left_out} for found in (ours, theirs)
-        ),
+        "probe settings": (_without(ours["probe"], left_out), _without(theirs["probe"], left_out)),
     }
     for name, (mine, other) in compared.items():
         if mine != other:
@@ -164,6 +162,10 @@ def _belong_together(first: Measured, part: Measured) -> None:
                 f"{part.folder} is not a part of the grid of {first.folder}: their {name} differ; combine probes that "
                 "differ in the part of the grid alone"
             )
+
+
+def _without(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def _merged(parts: Sequence[Measured], name: str, key: list[str], values: list[str]) -> pd.DataFrame:
