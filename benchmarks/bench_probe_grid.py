@@ -25,7 +25,7 @@ from attnres.model.modeling import Context
 from attnres.probe.candidates import candidates
 from attnres.probe.config import GridConfig
 from attnres.probe.interventions import Spec
-from attnres.probe.runner import first_layer, run_clean, run_edited
+from attnres.probe.passes import first_layer, run_clean, run_edited
 
 LIMIT = 1.15
 WIDTH, VOCAB, TOKENS = 128, 4096, 128

@@ -20,7 +20,7 @@ from torch import Tensor
 from attnres.model.families import Cell, family_indices
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.state import Trace
-from attnres.probe.runner import run_clean
+from attnres.probe.passes import run_clean
 
 
 def attribution(

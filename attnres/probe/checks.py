@@ -12,7 +12,7 @@ from attnres.model.families import BANDS, SUBLAYERS
 from attnres.model.loading import schedule_weights
 from attnres.model.state import Trace
 from attnres.probe.interventions import Intervention
-from attnres.probe.runner import Clean, Subject, first_layer, run_clean, run_edited
+from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited
 
 SCHEDULE_LIMIT = 1e-6
 LOGITS_LIMIT = 1e-5

@@ -21,7 +21,8 @@ from attnres.probe.inference import StatisticsConfig
 from attnres.probe.interventions import Spec, parse
 from attnres.probe.judgement import findings, judge, registered_as, windows_digest
 from attnres.probe.locate import Located
-from attnres.probe.runner import Split, Subject, Tables
+from attnres.probe.passes import Subject
+from attnres.probe.runner import Split, Tables
 from attnres.probe.subjects import Further
 from attnres.provenance import whole_file, write_json, write_text
 

@@ -28,12 +28,12 @@ from attnres.probe.interventions import Spec
 from attnres.probe.locate import Located, locate, locate_baseline
 from attnres.probe.outputs import TRAINED, Setting, preregistration, register, write_tables
 from attnres.probe.parts import Parts
+from attnres.probe.passes import Subject
 from attnres.probe.report import write_report
 from attnres.probe.runner import (
     Execution,
     Ranks,
     Split,
-    Subject,
     Tables,
     eligibility_table,
     pilot_of,

@@ -8,7 +8,7 @@ the same whether a run was interrupted or shared.
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,17 +22,15 @@ from torch import Tensor
 from attnres import faults
 from attnres.data import ProbeWindows
 from attnres.errors import AttnResError, ConfigError, NumericsError, StorageError
-from attnres.model.families import FAMILIES, Cell, family_indices, family_of, grid, place_reads
-from attnres.model.loading import schedule_weights
-from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
+from attnres.model.families import FAMILIES, Cell, grid
 from attnres.model.plan import DepthPlan
-from attnres.model.state import DepthState, Trace
-from attnres.ops import PreparedBlock
+from attnres.model.state import Trace
 from attnres.probe.donors import Pilot, donors, noise, reads_of, unavailable
-from attnres.probe.edits import CLEAN, RowsEdit
-from attnres.probe.interventions import DONOR_KINDS, NOTHING, Materials, Spec
-from attnres.probe.measure import CleanReadout, Effects, measure_mass
+from attnres.probe.interventions import DONOR_KINDS, Materials, Spec
+from attnres.probe.measure import Effects
+from attnres.probe.observations import MassObserver, RoutingSums, routing_means, routing_table
 from attnres.probe.parts import Key, Parts
+from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited, run_rows, run_through
 
 Split = Literal["pilot", "confirm"]
 # The parts that come from a clean run.
@@ -43,44 +41,6 @@ _SECONDS_BETWEEN_PARTS = 1.0
 _PATIENCE = timedelta(hours=24)
 # Where cells share a pass: most tokens of it, and most bytes of its logits.
 _MOST_TOKENS, _MOST_LOGITS = 2**15, 2**31
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under the probe.
-
-    Attributes:
-        name: `"attnres"`, or the schedule of a wrapped baseline.
-        model: in eval mode, on its device.
-        schedule: `"recency"`, `"uniform"`, or None for learned routing.
-        recency_bias: bias b of the recency schedule.
-    """
-
-    name: str
-    model: Qwen3AttnResForCausalLM
-    schedule: Literal["recency", "uniform"] | None = None
-    recency_bias: float = 0.0
-
-    @property
-    def plan(self) -> DepthPlan:
-        return self.model.model.plan
-
-
-@dataclass(frozen=True)
-class Clean:
-    """The clean run of one batch of windows.
-
-    Attributes:
-        context: what the layers share; a cell replaces its edit.
-        states: layer -> the state in front of it, for the layers where cells start.
-        readout: the clean logits' summary.
-        logits: `[B, T, V]`.
-    """
-
-    context: Context
-    states: dict[int, DepthState]
-    readout: CleanReadout
-    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -186,87 +146,6 @@ class Execution:
         return self.parts.asked_to_stop()
 
 
-def first_layer(spec: Spec, plan: DepthPlan) -> int:
-    """The first layer that an intervention can change; L where that is the final read."""
-    reads = [plan.reads[j] for part in spec.parts if part.kind != "noop" for j in part.cell(plan).reads]
-    reads = reads or [read for part in spec.parts for read in place_reads(plan, part.sublayer, part.band)]
-    return min(read.layer for read in reads)
-
-
-def _through(
-    model: Qwen3AttnResForCausalLM, input_ids: Tensor, starts: Sequence[int], observe: Callable[[Trace], None] | None
-) -> tuple[Context, dict[int, DepthState], Tensor]:
-    """One pass over all layers on the explicit path: context, states kept, last hidden state `[B, T, D]`."""
-    decoder = model.model
-    embeddings = decoder.embed_tokens(input_ids)
-    context = decoder.context(embeddings, edit=CLEAN, observe=observe)
-    state, states = decoder.embed(embeddings), {}
-    for layer in range(decoder.config.num_hidden_layers + 1):
-        if layer in starts:
-            states[layer] = state
-        if layer < decoder.config.num_hidden_layers:
-            state = decoder.step(state, layer, context)
-    return context, states, decoder.finish(state, context)
-
-
-def run_clean(
-    model: Qwen3AttnResForCausalLM,
-    input_ids: Tensor,
-    labels: Tensor,
-    starts: Sequence[int],
-    observe: Callable[[Trace], None] | None = None,
-) -> Clean:
-    """One pass over all layers on the explicit path, keeping the state in front of each layer in `starts`."""
-    context, states, hidden = _through(model, input_ids, starts, observe)
-    logits = model.lm_head(hidden)
-    return Clean(replace(context, observe=None), states, CleanReadout.of(logits, labels), logits)
-
-
-def run_edited(model: Qwen3AttnResForCausalLM, clean: Clean, spec: Spec, materials: Materials = NOTHING) -> Tensor:
-    """Logits `[B, T, V]` under an intervention, from the clean state at its first layer."""
-    decoder = model.model
-    context = replace(clean.context, edit=spec.edit(decoder.plan, materials))
-    start = first_layer(spec, decoder.plan)
-    return _onward(model, clean.states[start], start, context)
-
-
-def run_rows(
-    model: Qwen3AttnResForCausalLM, clean: Clean, specs: Sequence[Spec], materials: Materials = NOTHING
-) -> list[Effects]:
-    """Effects of several interventions with the same first layer in one pass, each on its own rows.
-
-    The clean run goes along as the first rows, because effects are differences on the same path.
-    """
-    plan, (start, *others) = model.model.plan, {first_layer(spec, model.model.plan) for spec in specs}
-    assert not others
-    labels, count = clean.readout.labels, len(specs) + 1
-    state = _repeated(clean.states[start], count)
-    edit = RowsEdit([CLEAN, *(spec.edit(plan, materials) for spec in specs)], len(labels))
-    context = model.model.context(state.finished[0], edit=edit)
-    first, *rest = _onward(model, state, start, context).split(len(labels))
-    readout = CleanReadout.of(first, labels)
-    return [readout.compare(logits) for logits in rest]
-
-
-def _onward(model: Qwen3AttnResForCausalLM, state: DepthState, start: int, context: Context) -> Tensor:
-    for layer in range(start, model.model.config.num_hidden_layers):
-        state = model.model.step(state, layer, context)
-    return model.lm_head(model.model.finish(state, context))
-
-
-def _repeated(state: DepthState, count: int) -> DepthState:
-    """The state of a batch that holds these windows `count` times over."""
-
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor.repeat(count, *[1] * (tensor.ndim - 1))
-
-    block = state.prepared
-    if block is not None:
-        block = PreparedBlock(tuple(map(rows, block.mixed)), rows(block.logits), rows(block.lse))
-    current, update = (None if tensor is None else rows(tensor) for tensor in (state.current, state.update))
-    return DepthState(tuple(map(rows, state.finished)), current, update, block)
-
-
 def batches(windows: ProbeWindows, batch_size: int) -> Iterator[slice]:
     for begin in range(0, len(windows), batch_size):
         yield slice(begin, min(begin + batch_size, len(windows)))
@@ -298,7 +177,7 @@ def pilot_of(subject: Subject, execution: Execution) -> Pilot | None:
     if "pilot" not in execution.windows:
         return None
     kept = _kept(subject, execution, ["pilot"])
-    return Pilot.of(kept["mass"], _routing_means(kept["routing"]))
+    return Pilot.of(kept["mass"], routing_means(kept["routing"]))
 
 
 @torch.no_grad()
@@ -382,7 +261,7 @@ def tables_of(subject: Subject, specs: Sequence[Spec], execution: Execution) -> 
     return Tables(
         effects[list(_empty_effects().columns)],
         kept["mass"],
-        _routing_table(subject, _routing_means(confirm["routing"])),
+        routing_table(subject, routing_means(confirm["routing"])),
         confirm["clean"],
     )
 
@@ -434,7 +313,7 @@ def _clean_batch(
     ids, labels = windows.input_ids[part].to(device), windows.labels[part].to(device)
     if _observed(subject, execution, split, number):
         return run_clean(subject.model, ids, labels, starts)
-    mass, routing = _MassObserver(subject.plan, slices(subject.plan, specs)), _RoutingSums()
+    mass, routing = MassObserver(subject.plan, slices(subject.plan, specs)), RoutingSums()
 
     def observe(trace: Trace) -> None:
         mass(trace)
@@ -473,7 +352,7 @@ def _materials(
             if trace.site.read in borrowed:
                 weights[trace.site.read], sources[trace.site.read] = trace.log_weights, trace.sources
 
-        _through(subject.model, execution.windows["pilot"].input_ids[chosen].to(device), [], keep)
+        run_through(subject.model, execution.windows["pilot"].input_ids[chosen].to(device), [], keep)
     length, ids = windows.input_ids.shape[1], windows.window_ids[part].tolist()
     drawn = {
         read: noise(ids, split, read, length, plan.reads[read].num_sources, execution.seed).to(device)
@@ -530,98 +409,6 @@ def _empty_effects() -> pd.DataFrame:
     columns |= dict.fromkeys(("intervention", "family", "sublayer", "band"), object)
     columns |= dict.fromkeys(("dnll", "kl", "flips"), "float32")
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-
-
-class _MassObserver:
-    """Collects mass over the eligible reads of every slice while a clean run goes by."""
-
-    def __init__(self, plan: DepthPlan, cells: Sequence[Cell]) -> None:
-        self._cells = cells
-        self._by_read: dict[int, list[Cell]] = {}
-        for cell in cells:
-            for read in cell.reads:
-                self._by_read.setdefault(read, []).append(cell)
-        self._sums: dict[Cell, Tensor] = {}
-        self._plan = plan
-
-    def __call__(self, trace: Trace) -> None:
-        cells = self._by_read.get(trace.site.read, [])
-        if not cells:
-            return
-        found = measure_mass(trace, tuple(dict.fromkeys(cell.family for cell in cells)))
-        for cell in cells:
-            values = torch.stack(list(found[cell.family]), dim=-1)
-            self._sums[cell] = self._sums.get(cell, torch.zeros_like(values)) + values
-
-    def table(self, identity: dict[str, Any]) -> pd.DataFrame:
-        """One row per slice x window."""
-        rows = []
-        for cell in self._cells:
-            mass, share, displacement = (self._sums[cell] / len(cell.reads)).double().cpu().unbind(-1)
-            sizes = [self._plan.reads[j].num_sources for j in cell.reads]
-            shares = [len(family_indices(cell.family, size)) / size for size in sizes]
-            place = {"family": cell.family, "sublayer": cell.sublayer, "band": cell.band}
-            values = {"mass": mass, "norm_share": share, "displacement": displacement}
-            rows.append(
-                pd.DataFrame(
-                    identity
-                    | place
-                    | {name: value.numpy() for name, value in values.items()}
-                    | {"uniform_share": sum(shares) / len(shares)}
-                )
-            )
-        return pd.concat(rows, ignore_index=True)
-
-
-class _RoutingSums:
-    """Sums of routing weights per read and source, over everything observed."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, tuple[Tensor, int]] = {}
-
-    def __call__(self, trace: Trace) -> None:
-        weights = torch.exp(trace.log_weights).flatten(0, -2).double()
-        self._sums[trace.site.read] = (weights.sum(0), weights.shape[0])
-
-    def table(self, split: str) -> pd.DataFrame:
-        rows = [
-            {"split": split, "read": read, "source": source, "total": total, "count": count}
-            for read, (totals, count) in self._sums.items()
-            for source, total in enumerate(totals.tolist())
-        ]
-        return pd.DataFrame(rows)
-
-
-def _routing_means(sums: pd.DataFrame) -> pd.DataFrame:
-    """Mean weight per read and source, from the sums of batches."""
-    totals = sums.groupby(["read", "source"])[["total", "count"]].sum().reset_index()
-    return totals.assign(weight=totals["total"] / totals["count"])
-
-
-def _routing_table(subject: Subject, means: pd.DataFrame) -> pd.DataFrame:
-    """One row per read and source, with its role, and the weight that a schedule prescribes."""
-    rows = []
-    for index, weights in means.groupby("read"):
-        read = subject.plan.reads[int(index)]
-        expected: Sequence[float] = [float("nan")] * read.num_sources
-        if subject.schedule is not None:
-            expected = schedule_weights(read.num_sources, subject.schedule, subject.recency_bias)
-        for source, (weight, analytic) in enumerate(zip(weights["weight"].tolist(), expected, strict=True)):
-            rows.append(
-                {
-                    "model": subject.name,
-                    "read": read.index,
-                    "layer": read.layer,
-                    "sublayer": read.sublayer,
-                    "source": source,
-                    "num_sources": read.num_sources,
-                    "weight": weight,
-                    "analytic": analytic,
-                    "role": family_of(source, read.num_sources),
-                    "holds": str(read.sources[source]),
-                }
-            )
-    return pd.DataFrame(rows)
 
 
 def eligibility_table(

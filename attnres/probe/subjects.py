@@ -14,7 +14,7 @@ from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.probe.claims import TRAINED
 from attnres.probe.config import ProbeConfig
 from attnres.probe.nulls import NULLS, null_model
-from attnres.probe.runner import Subject
+from attnres.probe.passes import Subject
 
 _TAKEN = (TRAINED, *SCHEDULES, *NULLS)
 _NULL_KINDS = {"untrained": "null: untrained AttnRes", "shuffled_queries": "null: queries shuffled across reads"}

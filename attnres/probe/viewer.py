@@ -13,7 +13,7 @@ import torch
 from attnres.data import Corpus, ProbeWindows
 from attnres.model.families import family_of
 from attnres.model.plan import ReadPlan
-from attnres.probe.runner import Subject
+from attnres.probe.passes import Subject
 from attnres.provenance import write_text
 
 VIEWER = "viewer.json"

@@ -9,7 +9,8 @@ from attnres.model.families import grid
 from attnres.probe.dissociation import dissociation_table, spearman_table
 from attnres.probe.inference import StatisticsConfig
 from attnres.probe.interventions import Intervention, Spec, parse
-from attnres.probe.runner import Subject, eligibility_table, run_grid
+from attnres.probe.passes import Subject
+from attnres.probe.runner import eligibility_table, run_grid
 from attnres.probe.statistics import cell_table
 from tests.probe.planted_models import Planted, backup, duplicated_source, norm_trap, one_attention, one_mlp, two_mlps
 

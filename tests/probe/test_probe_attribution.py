@@ -8,7 +8,7 @@ from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.model.families import family_indices, grid
 from attnres.probe.attribution import attribution
 from attnres.probe.interventions import Intervention, parse
-from attnres.probe.runner import run_clean, run_edited
+from attnres.probe.passes import run_clean, run_edited
 
 
 def model(queries: float) -> Qwen3AttnResForCausalLM:

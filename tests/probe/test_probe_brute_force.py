@@ -13,7 +13,8 @@ from attnres.model.plan import CONVENTIONS
 from attnres.ops import reference
 from attnres.probe.donors import donors, noise
 from attnres.probe.interventions import KINDS, Intervention, parse
-from attnres.probe.runner import Subject, run_grid
+from attnres.probe.passes import Subject
+from attnres.probe.runner import run_grid
 
 LAYERS, LENGTH, SEED = 6, 8, 5
 MODEL = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,

@@ -17,8 +17,9 @@ from attnres.probe.config import GridConfig
 from attnres.probe.donors import donors
 from attnres.probe.interventions import parse
 from attnres.probe.parts import Parts
+from attnres.probe.passes import Subject
 from attnres.probe.run import _only_probe_in
-from attnres.probe.runner import Execution, Ranks, Subject, eligibility_table, pilot_of, run_cells, run_pilot, tables_of
+from attnres.probe.runner import Execution, Ranks, eligibility_table, pilot_of, run_cells, run_pilot, tables_of
 from attnres.probe.stopping import StopSignals, lock
 
 SPECS = [parse(text) for text in ("mask:embedding@mlp.late", "mask:current@attn.layer2", "matched:embedding@mlp.late",

@@ -15,7 +15,8 @@ from attnres.model.plan import CONVENTIONS
 from attnres.probe.checks import check_subject, require_passed
 from attnres.probe.interventions import Intervention
 from attnres.probe.measure import measure_mass
-from attnres.probe.runner import Subject, eligibility_table, run_clean, run_edited, run_grid
+from attnres.probe.passes import Subject, run_clean, run_edited
+from attnres.probe.runner import eligibility_table, run_grid
 
 SHAPE = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)  # fmt: skip

@@ -1,0 +1,135 @@
+"""Passes through a model under the probe: the clean run, and an edited one from the clean state at its first layer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from attnres.model.families import place_reads
+from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
+from attnres.model.plan import DepthPlan
+from attnres.model.state import DepthState, Trace
+from attnres.ops import PreparedBlock
+from attnres.probe.edits import CLEAN, RowsEdit
+from attnres.probe.interventions import NOTHING, Materials, Spec
+from attnres.probe.measure import CleanReadout, Effects
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under the probe.
+
+    Attributes:
+        name: `"attnres"`, or the schedule of a wrapped baseline.
+        model: in eval mode, on its device.
+        schedule: `"recency"`, `"uniform"`, or None for learned routing.
+        recency_bias: bias b of the recency schedule.
+    """
+
+    name: str
+    model: Qwen3AttnResForCausalLM
+    schedule: Literal["recency", "uniform"] | None = None
+    recency_bias: float = 0.0
+
+    @property
+    def plan(self) -> DepthPlan:
+        return self.model.model.plan
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The clean run of one batch of windows.
+
+    Attributes:
+        context: what the layers share; a cell replaces its edit.
+        states: layer -> the state in front of it, for the layers where cells start.
+        readout: the clean logits' summary.
+        logits: `[B, T, V]`.
+    """
+
+    context: Context
+    states: dict[int, DepthState]
+    readout: CleanReadout
+    logits: Tensor
+
+
+def first_layer(spec: Spec, plan: DepthPlan) -> int:
+    """The first layer that an intervention can change; L where that is the final read."""
+    reads = [plan.reads[j] for part in spec.parts if part.kind != "noop" for j in part.cell(plan).reads]
+    reads = reads or [read for part in spec.parts for read in place_reads(plan, part.sublayer, part.band)]
+    return min(read.layer for read in reads)
+
+
+def run_through(
+    model: Qwen3AttnResForCausalLM, input_ids: Tensor, starts: Sequence[int], observe: Callable[[Trace], None] | None
+) -> tuple[Context, dict[int, DepthState], Tensor]:
+    """One pass over all layers on the explicit path: context, states kept, last hidden state `[B, T, D]`."""
+    decoder = model.model
+    embeddings = decoder.embed_tokens(input_ids)
+    context = decoder.context(embeddings, edit=CLEAN, observe=observe)
+    state, states = decoder.embed(embeddings), {}
+    for layer in range(decoder.config.num_hidden_layers + 1):
+        if layer in starts:
+            states[layer] = state
+        if layer < decoder.config.num_hidden_layers:
+            state = decoder.step(state, layer, context)
+    return context, states, decoder.finish(state, context)
+
+
+def run_clean(
+    model: Qwen3AttnResForCausalLM,
+    input_ids: Tensor,
+    labels: Tensor,
+    starts: Sequence[int],
+    observe: Callable[[Trace], None] | None = None,
+) -> Clean:
+    """One pass over all layers on the explicit path, keeping the state in front of each layer in `starts`."""
+    context, states, hidden = run_through(model, input_ids, starts, observe)
+    logits = model.lm_head(hidden)
+    return Clean(replace(context, observe=None), states, CleanReadout.of(logits, labels), logits)
+
+
+def run_edited(model: Qwen3AttnResForCausalLM, clean: Clean, spec: Spec, materials: Materials = NOTHING) -> Tensor:
+    """Logits `[B, T, V]` under an intervention, from the clean state at its first layer."""
+    decoder = model.model
+    context = replace(clean.context, edit=spec.edit(decoder.plan, materials))
+    start = first_layer(spec, decoder.plan)
+    return _onward(model, clean.states[start], start, context)
+
+
+def run_rows(
+    model: Qwen3AttnResForCausalLM, clean: Clean, specs: Sequence[Spec], materials: Materials = NOTHING
+) -> list[Effects]:
+    """Effects of several interventions with the same first layer in one pass, each on its own rows.
+
+    The clean run goes along as the first rows, because effects are differences on the same path.
+    """
+    plan, (start, *others) = model.model.plan, {first_layer(spec, model.model.plan) for spec in specs}
+    assert not others
+    labels, count = clean.readout.labels, len(specs) + 1
+    state = _repeated(clean.states[start], count)
+    edit = RowsEdit([CLEAN, *(spec.edit(plan, materials) for spec in specs)], len(labels))
+    context = model.model.context(state.finished[0], edit=edit)
+    first, *rest = _onward(model, state, start, context).split(len(labels))
+    readout = CleanReadout.of(first, labels)
+    return [readout.compare(logits) for logits in rest]
+
+
+def _onward(model: Qwen3AttnResForCausalLM, state: DepthState, start: int, context: Context) -> Tensor:
+    for layer in range(start, model.model.config.num_hidden_layers):
+        state = model.model.step(state, layer, context)
+    return model.lm_head(model.model.finish(state, context))
+
+
+def _repeated(state: DepthState, count: int) -> DepthState:
+    """The state of a batch that holds these windows `count` times over."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.repeat(count, *[1] * (tensor.ndim - 1))
+
+    block = state.prepared
+    if block is not None:
+        block = PreparedBlock(tuple(map(rows, block.mixed)), rows(block.logits), rows(block.lse))
+    current, update = (None if tensor is None else rows(tensor) for tensor in (state.current, state.update))
+    return DepthState(tuple(map(rows, state.finished)), current, update, block)
