@@ -28,8 +28,11 @@ from attnres.data.shards import ShardedTokens, open_tokens, token_dtype
 from attnres.data.tokenizer import load_tokenizer
 from attnres.data.verification import verify_files
 from attnres.errors import ConfigError, DataError
+from attnres.json_files import read_object
 
 MANIFEST = "manifest.json"
+# Ids of a split that are compared with the vocabulary whenever a corpus is opened: a tenth of a second.
+_IDS_CHECKED = 64 * 1024**2
 TOKENIZER = "tokenizer.json"
 DOCUMENTS = "documents.parquet"
 # A change to the layout of these files, or to how documents are grouped and split, needs a new number: of corpora in
@@ -168,7 +171,7 @@ def open_corpus(path: Path) -> Corpus:
     """
     remedy = f"delete {path} and run the same command again to rebuild it"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(path / MANIFEST)
         intact = manifest["sha256_of_the_rest"] == manifest_sha256(manifest)
         if command := manifest.get("command"):
             remedy = f"delete {path} and make it again with: {command}"
@@ -180,10 +183,32 @@ def open_corpus(path: Path) -> Corpus:
         raise DataError(
             f"{path / MANIFEST} has format {manifest['format']}, expected {FORMAT} or {SHARDED_FORMAT}; {remedy}"
         )
+    root = path.resolve()
+    shards = [name for counts in manifest["splits"].values() for name in counts.get("shards", ())]
+    for name in {*manifest["files"], *shards}:
+        if not (path / name).resolve().is_relative_to(root):
+            raise DataError(f"{path / MANIFEST} names {name!r}, which lies outside the corpus; do not use it")
     verify_files(path, manifest["files"], remedy)
     corpus = Corpus(path, manifest)
+    check_ids(corpus, remedy)
     check_no_leak(corpus, remedy)
     return corpus
+
+
+def check_ids(corpus: Corpus, remedy: str) -> None:
+    """Ids of a small corpus are below its vocabulary, which is what its type can hold; of a large one, the first are.
+
+    Raises:
+        DataError: One is not, and would index past the model's embedding.
+    """
+    if not 0 < corpus.vocab_size < 2**31:
+        raise DataError(f"{corpus.path / MANIFEST}: a vocabulary of {corpus.vocab_size:,} entries; {remedy}")
+    for split in SPLITS:
+        ids = corpus.tokens(split)[:_IDS_CHECKED]
+        if len(ids) and (largest := int(np.max(ids))) >= corpus.vocab_size:
+            raise DataError(
+                f"{corpus.path}: split {split} holds the id {largest}, the vocabulary {corpus.vocab_size}; {remedy}"
+            )
 
 
 def check_no_leak(corpus: Corpus, remedy: str) -> None:

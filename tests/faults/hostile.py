@@ -485,7 +485,7 @@ def _config_folder(text: str) -> Callable[[Trap], tuple[str, list[str]]]:
         folder = trap.folder / "conf" / "experiment"
         folder.mkdir(parents=True)
         (folder / "evil.yaml").write_text("# @package _global_\n" + text.replace("CANARY", str(trap.canary)))
-        return "train", ["--config-dir", str(trap.folder / "conf"), "+experiment=evil"]
+        return "train", ["+experiment=evil", "--config-dir", str(trap.folder / "conf")]
 
     return prepare
 
