@@ -23,6 +23,8 @@ _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 5.0
 # Below the period of five seconds in which Lightning's launcher kills everything because one of its children ended.
 _LAUNCHER_SECONDS = 20.0
+# For a rank that ends at the same time as the one that started it.
+_LAUNCHER_GRACE_SECONDS = 2.0
 
 
 class Peers:
@@ -111,17 +113,22 @@ def bound_to_launcher() -> Iterator[None]:
         yield
         return
     parent = os.getppid()
+    ending = threading.Event()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECONDS)
+        if not ending.wait(_LAUNCHER_GRACE_SECONDS):
+            os.write(2, f"\nerror: {_name([0])}\n".encode())
         # The launcher had an end of its own to report; nobody reads this one.
         os._exit(Stopped.code)
 
     threading.Thread(target=watch, daemon=True, name="launcher").start()
     try:
         yield
+        ending.set()
     except Exception:
+        ending.set()
         deadline = time.monotonic() + _LAUNCHER_SECONDS
         while os.getppid() == parent and time.monotonic() < deadline:
             time.sleep(0.1)

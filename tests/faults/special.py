@@ -242,6 +242,9 @@ def _marked(mark: str) -> list[int]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 environment = (entry / "environ").read_bytes()
+                # Not the git that a run asks for its commit: it comes and goes.
+                if b"train.py" not in (entry / "cmdline").read_bytes():
+                    continue
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
