@@ -1,6 +1,7 @@
 """The two commands on a tiny corpus: train both arms, probe, read what was written; then parts of the grid."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from warm_processes import exit_code, run_command, start_command
 
 ROOT = Path(__file__).parents[1]
 FAST = (
@@ -26,9 +28,17 @@ WRITTEN = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parqu
            "summary.json", "report.html", "report.md", "figures")  # fmt: skip
 
 
-def run(tmp: Path, script: str, settings: str, *more: str, code: int = 0) -> subprocess.CompletedProcess:
+def run(tmp: Path, script: str, settings: str, *more: str) -> subprocess.CompletedProcess:
+    """A command as a user starts it."""
     arguments = [sys.executable, script, *settings.format(tmp=tmp).split(), *more]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def run_warm(tmp: Path, script: str, settings: str, *more: str, code: int = 0) -> subprocess.CompletedProcess:
+    """The same without the seconds in which libraries are loaded."""
+    done = run_command([script, *settings.format(tmp=tmp).split(), *more], tmp / "log")
     assert done.returncode == code, done.stderr
     return done
 
@@ -37,7 +47,7 @@ def run(tmp: Path, script: str, settings: str, *more: str, code: int = 0) -> sub
 def trained(tmp_path_factory) -> Path:
     tmp = tmp_path_factory.mktemp("project")
     run(tmp, "train.py", FAST, "model.attnres_num_blocks=3")
-    run(tmp, "train.py", FAST, "+experiment=vanilla_tiny")
+    run_warm(tmp, "train.py", FAST, "+experiment=vanilla_tiny")
     return tmp
 
 
@@ -58,7 +68,7 @@ def test_train_leaves_checkpoints_with_exports(trained):
 def test_train_again_says_complete_and_reuses(trained):
     (folder,) = (trained / "runs").glob("attnres_tiny-*")
     before = (folder / "complete.json").stat().st_mtime_ns
-    done = run(trained, "train.py", FAST, "model.attnres_num_blocks=3")
+    done = run_warm(trained, "train.py", FAST, "model.attnres_num_blocks=3")
     assert "already complete" in done.stderr
     assert done.stdout.strip() == str(folder)
     assert (folder / "complete.json").stat().st_mtime_ns == before
@@ -89,21 +99,19 @@ def test_probe_twice_gives_the_same_tables_also_when_it_is_stopped_and_resumed(t
     before = {name: (probed / name).read_bytes() for name in tables}
     registered = (probed / "preregistration.json").read_bytes()
     (probed / "cells.csv").unlink()
-    arguments = [sys.executable, "probe.py", *PROBE.format(tmp=trained).split()]
-    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as probe:
-        while probe.poll() is None and not list(probed.glob("parts/*/*.effects.*")):
-            time.sleep(0.05)
-        probe.send_signal(signal.SIGTERM)
-        told = probe.communicate(timeout=300)[1]
-    assert probe.returncode == 75, told
+    probe = start_command(["probe.py", *PROBE.format(tmp=trained).split()], trained / "log")
+    while probe.is_alive() and not list(probed.glob("parts/*/*.effects.*")):
+        time.sleep(0.05)
+    os.kill(probe.pid, signal.SIGTERM)
+    assert exit_code(probe) == 75, (trained / "log.err").read_text()
     assert list(probed.glob("parts/*/*.parquet"))
-    run(trained, "probe.py", PROBE)
+    run_warm(trained, "probe.py", PROBE)
     assert {name: (probed / name).read_bytes() for name in tables} == before
     assert (probed / "preregistration.json").read_bytes() == registered
 
 
 def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(trained, probed):
-    run(trained, "probe.py", "-m " + PROBE, "probe.families=embedding,older")
+    run_warm(trained, "probe.py", "-m " + PROBE, "probe.families=embedding,older")
     parts = sorted(set((trained / "runs").glob("probe_*/summary.json")) - {probed / "summary.json"})
     assert len(parts) == 2
     for path in parts:
@@ -123,7 +131,7 @@ def test_probe_without_a_baseline_names_the_command_that_makes_one(trained):
     (vanilla,) = (trained / "runs").glob("vanilla_tiny-*")
     hidden = vanilla.rename(trained / "hidden")
     try:
-        done = run(trained, "probe.py", PROBE, code=2)
+        done = run_warm(trained, "probe.py", PROBE, code=2)
         assert "python train.py +experiment=vanilla_tiny" in done.stderr
     finally:
         hidden.rename(vanilla)
@@ -135,8 +143,10 @@ def test_probe_of_a_damaged_checkpoint_falls_back_loudly(trained):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        done = run(trained, "probe.py", PROBE, "probe.families=embedding", "probe.sublayers=mlp", "probe.bands=early")
+        done = run_warm(
+            trained, "probe.py", PROBE, "probe.families=embedding", "probe.sublayers=mlp", "probe.bands=early"
+        )
         assert "CORRUPT CHECKPOINT" in done.stderr
-        run(trained, "probe.py", PROBE, f"ckpt={weights.parent}", code=4)
+        run_warm(trained, "probe.py", PROBE, f"ckpt={weights.parent}", code=4)
     finally:
         weights.write_bytes(whole)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -163,6 +164,19 @@ def test_make_shards_goes_on_from_every_stage(make, shards, tmp_path, monkeypatc
         make(tmp_path / "out")
     monkeypatch.undo()
     assert contents(make(tmp_path / "out")) == contents(shards)
+
+
+def test_make_shards_goes_on_at_a_gap_left_by_a_slower_process(make, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_shards, "group_on_disk", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out")
+    monkeypatch.undo()
+    folder = tmp_path / "out.building"
+    assert len(list((folder / "chunks").iterdir())) > 4
+    (folder / "stream.json").unlink()
+    shutil.rmtree(folder / "chunks" / "00000002")
+    shutil.copytree(folder / "chunks" / "00000003", folder / "chunks" / ".00000002.1")
+    assert contents(make(tmp_path / "out", workers=2)) == contents(shards)
 
 
 @pytest.mark.parametrize("sync", range(1, 5))

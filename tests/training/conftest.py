@@ -1,15 +1,11 @@
 """One small corpus for all training tests."""
 
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-# `training_runs` is imported by tests here and by the processes that they start.
-sys.path.insert(0, str(Path(__file__).parent))
 
 WORDS = ["if", "then", "else", "def", "return", "loop", "sum", "alpha", "beta", "gamma", "delta", "x", "y", "z"]
 

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,6 @@ import torch
 from training_runs import (
     KILLED,
     child_rank,
-    exit_code,
-    in_child,
     rows,
     run,
     same,
@@ -20,12 +19,13 @@ from training_runs import (
     state,
     two_ranks,
 )
+from warm_processes import exit_code, in_child
 
 from attnres.model.loading import load_model
 from attnres.run_folder import list_steps
 
 # Strategy, micro-batches in a step, workers.
-BITWISE = [("ddp", 1, 2), ("ddp", 2, 0), ("fsdp2", 1, 0), ("fsdp2", 2, 2)]
+BITWISE = list(product(("ddp", "fsdp2"), (1, 2), (0, 2)))
 STEPS = 4
 # Largest difference of a loss (nats/token) and of a weight between one process and two, after four steps.
 LOSS, WEIGHT = 5e-6, 2e-5
@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Runs
 
     def bitwise(case: tuple[str, int, int], name: str) -> dict[str, Any]:
         strategy, accumulate, workers = case
-        folder = top / f"{name}-{strategy}-{accumulate}"
+        folder = top / f"{name}-{strategy}-{accumulate}-{workers}"
         folder.mkdir()
         return two(
             folder,

@@ -11,14 +11,13 @@ from training_runs import (
     child_killed_in,
     child_run,
     child_signalled_at,
-    exit_code,
-    in_child,
     rows,
     run,
     same,
     settings,
     state,
 )
+from warm_processes import exit_code, in_child
 
 from attnres.errors import Stopped
 from attnres.run_folder import list_steps, verify

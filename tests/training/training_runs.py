@@ -2,20 +2,17 @@
 
 import csv
 import importlib
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
+from warm_processes import exit_code, in_child
 
 from attnres.config import build
-from attnres.errors import AttnResError
 from attnres.training.config import TrainConfig
 from attnres.training.fit import train
 from attnres.training.module import CausalLMModule
@@ -101,45 +98,6 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
-
-
-def in_child(target: Callable[..., None], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
-    """Starts `target(*arguments)` in a fresh process that has the libraries loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["attnres.training.fit", "training_runs"])
-    # The server does not inherit sys.path in every Python, and without it would preload nothing.
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-    process = context.Process(target=_guarded, args=(environment or {}, target, *arguments))
-    process.start()
-    return process
-
-
-def exit_code(process: Any, seconds: float = 120) -> int:
-    """Waits for a child; a hanging one is an error."""
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError("the child did not end")
-    return process.exitcode
-
-
-def _guarded(environment: dict[str, str], target: Callable[..., None], *arguments: Any) -> None:
-    os.environ.update(environment)
-    # Data workers would otherwise inherit the forkserver method, and each would load every library anew.
-    multiprocessing.set_start_method("fork", force=True)
-    try:
-        target(*arguments)
-    except AttnResError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
 
 
 def child_run(plain: dict[str, Any]) -> None:
