@@ -17,8 +17,8 @@ from tqdm import tqdm
 from attnres import faults
 from attnres.errors import Stopped
 from attnres.model.plan import DepthPlan
-from attnres.run_folder import CHECKPOINTS, step_name
-from attnres.training.checkpoint import prune
+from attnres.run_folder import CHECKPOINTS, list_steps, step_name
+from attnres.training.checkpoint import RunCheckpointIO, prune
 from attnres.training.config import TrainerConfig
 from attnres.training.evaluation import routing_metrics, routing_slices, validation_loss
 from attnres.training.flops import peak_flops
@@ -174,6 +174,9 @@ class StepDuties(Callback):
     def _step_end(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
         faults.point("train.step")
         step, config = self._step, self.config
+        checkpoint_io = trainer.strategy.checkpoint_io
+        assert isinstance(checkpoint_io, RunCheckpointIO)
+        checkpoint_io.check()
         stats, bar = module.last_step, self._bar
         assert stats is not None and bar is not None
         self._clock.step_end(module.tokens_seen - self._tokens)
@@ -237,11 +240,15 @@ class StepDuties(Callback):
         return pace
 
     def _save(self, trainer: pl.Trainer, step: int, ends: bool) -> None:
-        trainer.save_checkpoint(self.folder / CHECKPOINTS / step_name(step), weights_only=False)
+        path = self.folder / CHECKPOINTS / step_name(step)
+        trainer.save_checkpoint(path, weights_only=False, storage_options={"wait": ends})
         if ends:
             self.peers.part()
-        if trainer.is_global_zero:
-            prune(self.folder, step, self.config.keep_last, self.schedule.permanent)
+
+    def published(self, checkpoint: Path) -> None:
+        """Removes what the new checkpoint makes superfluous."""
+        step = next(step for step, path in list_steps(self.folder).items() if path.name == checkpoint.name)
+        prune(self.folder, step, self.config.keep_last, self.schedule.permanent)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._close()

@@ -8,7 +8,9 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,17 +54,70 @@ class ExportInfo:
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Lightning's door to `write_checkpoint`: `trainer.save_checkpoint(folder)` publishes a step folder."""
+    """Lightning's door to `write_checkpoint`: `trainer.save_checkpoint(folder)` publishes a step folder.
 
-    def __init__(self, model: PreTrainedModel, info: ExportInfo) -> None:
+    Args:
+        published: called with a folder when it carries its final name.
+        background: write in a thread, from a copy in host memory, while training goes on. One write at a time; an
+            error of it is raised by the next call of any method. `storage_options={"wait": True}` waits all the same.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        info: ExportInfo,
+        published: Callable[[Path], None] = lambda folder: None,
+        background: bool = False,
+    ) -> None:
         self.model = model
         self.info = info
+        self.published = published
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_checkpoint(Path(path), checkpoint, self.model, self.info)
+        self.wait()
+        if self._thread is None or (storage_options or {}).get("wait"):
+            self._write(Path(path), checkpoint)
+        else:
+            self._pending = self._thread.submit(self._write, Path(path), host_copy(checkpoint))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_state(Path(path), self.model)
+
+    def check(self) -> None:
+        """Raises the error of a write that has failed."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises the error of the write that was waited for."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, folder: Path, checkpoint: dict[str, Any]) -> None:
+        write_checkpoint(folder, checkpoint, self.model, self.info)
+        self.published(folder)
+
+
+def host_copy(value: Any) -> Any:
+    """Nested containers with every tensor copied to host memory; what was one tensor stays one (tied weights)."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copy(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            key = (item.device, item.data_ptr(), item.dtype, item.shape, item.stride())
+            if item.numel() == 0 or key not in copies:
+                copies[key] = item.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(item, dict):
+            return type(item)((k, copy(v)) for k, v in item.items())
+        if isinstance(item, list | tuple):
+            return type(item)(map(copy, item))
+        return deepcopy(item)
+
+    return copy(value)
 
 
 def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrainedModel, info: ExportInfo) -> None:

@@ -43,6 +43,7 @@ EXECUTION_KEYS = frozenset(
         "trainer.keep_last",
         "trainer.milestone_every_steps",
         "trainer.log_spaced",
+        "trainer.async_checkpoint",
         "trainer.loss",
         "trainer.peak_tflops",
     }
@@ -89,6 +90,7 @@ class TrainerConfig:
 
     `keep_last` of the checkpoints that `checkpoint_every_steps` asks for are kept; those at multiples of
     `milestone_every_steps` and at the steps `round(b**k)` of `log_spaced = b` (`true`: 2) are written too and stay.
+    With `async_checkpoint` all but the last are written while training goes on, from a copy in host memory.
     `loss` is how the NLL over the vocabulary is computed (see `attnres.training.loss`). `peak_tflops` is what one
     device could do at the run's precision, for MFU; None takes it from a table of known GPUs.
     """
@@ -113,6 +115,7 @@ class TrainerConfig:
     keep_last: int = 2
     milestone_every_steps: int = 0
     log_spaced: bool | float = False
+    async_checkpoint: bool = False
     loss: Loss = "auto"
     peak_tflops: float | None = None
 

@@ -131,7 +131,8 @@ def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path
             CsvLogger(folder / "metrics.csv", start.step),
             WandbLogger(config.logger, folder, folder.name, settings),
         ]
-        trainer = build_trainer(config, folder, duties, loggers, RunCheckpointIO(model, info))
+        checkpoint_io = RunCheckpointIO(model, info, duties.published, trainer_config.async_checkpoint)
+        trainer = build_trainer(config, folder, duties, loggers, checkpoint_io)
         # Only now is the number of ranks known.
         trainer.accumulate_grad_batches = accumulation_steps(
             trainer_config.global_batch_size, trainer_config.micro_batch_size, trainer.world_size
@@ -156,7 +157,7 @@ def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path
         resume_from = str(start.checkpoint / TRAINING_FILE) if start.checkpoint else None
         faults.point("train.fit")
         try:
-            with _storage_errors(folder):
+            with _storage_errors(folder), _written(checkpoint_io):
                 trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except (AttnResError, OSError, torch.OutOfMemoryError):
             raise
@@ -222,6 +223,19 @@ def build_trainer(
     # `StopSignals` has the signals.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+@contextmanager
+def _written(checkpoint_io: RunCheckpointIO) -> Iterator[None]:
+    """A run that fails lets go of its folder when no checkpoint is being written there any more."""
+    try:
+        yield
+    except BaseException:
+        try:
+            checkpoint_io.wait()
+        except AttnResError as error:
+            log.error("%s", error)
+        raise
 
 
 def _quieten_libraries() -> None:

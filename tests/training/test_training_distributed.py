@@ -81,7 +81,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Runs
         return two(top / name, data, strategy, **changes)
 
     whole = {case: bitwise(case, "whole") for case in BITWISE}
-    whole["fsdp2"] = undropped("fsdp2", "fsdp2", trainer__gradient_checkpointing=True, trainer__loss="chunked")
+    changes = {"trainer__gradient_checkpointing": True, "trainer__loss": "chunked", "trainer__async_checkpoint": True}
+    whole["fsdp2"] = undropped("fsdp2", "fsdp2", **changes)
     whole["bf16"] = undropped("bf16", "fsdp2", trainer__precision="bf16-mixed", trainer__loss="chunked")
     one = run(four_steps(top / "one", data))
     assert two_ranks(child_rank, list(whole.values())) == [0, 0]

@@ -76,10 +76,18 @@ def test_train_resumes_bitwise_after_sigkill(
         ("attnres.training.callbacks", "prune", 2, [2, 4]),
     ],
 )
+@pytest.mark.parametrize("background", [False, True])
 def test_train_resumes_bitwise_when_killed_while_saving(
-    tmp_path: Path, data: dict[str, Any], whole: dict[int, Path], module: str, name: str, call: int, survives: list[int]
+    tmp_path: Path,
+    data: dict[str, Any],
+    whole: dict[int, Path],
+    module: str,
+    name: str,
+    call: int,
+    survives: list[int],
+    background: bool,
 ) -> None:
-    plain = random_settings(tmp_path, data)
+    plain = random_settings(tmp_path, data, trainer__async_checkpoint=background)
     assert exit_code(in_child(child_killed_in, plain, module, name, call)) == KILLED
     folder = tmp_path / whole[1].name
     assert list(list_steps(folder)) == survives
