@@ -143,6 +143,18 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("kill in the middle of writing tensors", _KILL, fault="save.tensors:cut", code=-25, steps=(2, 4),
              short=True),
     Scenario("kill while an export is written", _KILL, fault="save.export:cut", code=-25, steps=(2, 4)),
+    *(
+        Scenario(f"kill at {point} of a checkpoint in the background", _KILL, start="empty", fault=f"{point}@2:kill",
+                 more=("trainer.async_checkpoint=true",), code=KILLED, steps=steps)
+        for point, steps in (("save.begin", (2,)), ("save.export", (2,)), ("save.rename", (2,)),
+                             ("save.published", (2, 4)))
+    ),
+    Scenario("term while a checkpoint is written in the background", _SIGNAL, start="empty", fault="save.export:term",
+             more=("trainer.async_checkpoint=true", "trainer.max_steps=200"), code=75, says=("SIGTERM",),
+             then="nothing"),
+    Scenario("disk full while a checkpoint is written in the background", _FULL, start="empty",
+             fault="save.tensors@2:full", more=("trainer.async_checkpoint=true",), code=6, steps=(2,), short=True,
+             says=("free space",)),
     Scenario("kill between removing and replacing a step", _KILL, fault="save.replace:kill", code=KILLED, steps=(2,),
              damage=damage_step(flip, "training.ckpt"), says=("CORRUPT CHECKPOINT",)),
     Scenario("kill while the text is read", _KILL, start="empty", fault="corpus.read:kill", code=KILLED,
