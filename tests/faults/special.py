@@ -17,6 +17,8 @@ from tests.faults.world import ROOT, STEPS, Base, Child, World, check, readable,
 _DDP = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.micro_batch_size=1", "trainer.global_batch_size=4")
 # What is promised for all processes of a run, from the fault on.
 MOST_SECONDS = 30.0
+# Older than this, a process is a rank.
+_SETTLED_SECONDS = 2.0
 
 
 def _outcome(name: str, row: str, expected: str, found: str, wrong: list[str], began: float) -> Outcome:
@@ -197,13 +199,18 @@ def launched(base: Base, name: str) -> Outcome:
             command, cwd=ROOT, stdout=stream, stderr=stream, env=environment, start_new_session=True
         )
     child = Child(process.pid, log)
-    most = 0
+    since: dict[int, float] = {}
+    settled: set[int] = set()
 
     def struck() -> bool:
-        nonlocal most
-        alive = len(_marked(mark))
-        most = max(most, alive)
-        return "SIGTERM: saving" in child.told or alive < most or child.poll() is not None
+        alive, now = _marked(mark), time.monotonic()
+        for pid in alive:
+            since.setdefault(pid, now)
+        # A process between fork and exec looks like a rank; a rank lives longer.
+        ranks = {pid for pid, first in since.items() if now - first > _SETTLED_SECONDS and pid in alive}
+        gone = bool(settled - set(alive))
+        settled.update(ranks)
+        return "SIGTERM: saving" in child.told or gone or child.poll() is not None
 
     _until(struck, 400)
     strike = time.monotonic()
