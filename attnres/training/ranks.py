@@ -118,7 +118,10 @@ def bound_to_launcher() -> Iterator[None]:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECONDS)
-        if not ending.wait(_LAUNCHER_GRACE_SECONDS):
+        if ending.wait(_LAUNCHER_GRACE_SECONDS):
+            # The main thread is ending by itself and has yet to say why.
+            time.sleep(_LAUNCHER_GRACE_SECONDS)
+        else:
             os.write(2, f"\nerror: {_name([0])}\n".encode())
         # The launcher had an end of its own to report; nobody reads this one.
         os._exit(Stopped.code)
