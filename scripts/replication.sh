@@ -4,7 +4,7 @@
 #
 #     scripts/replication.sh SEED [FOLDER]      # FOLDER: replication
 #
-# About two hours on one core, in 1 GB. Stopped anywhere (Ctrl-C, kill, power), the same command goes on: what is
+# About two hours on one core. Stopped anywhere (Ctrl-C, kill, power), the same command goes on: what is
 # complete is kept. One thread, so that the same machine, Python and torch give the same digits. $PYTHON names the
 # interpreter.
 set -euo pipefail

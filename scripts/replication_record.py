@@ -1,29 +1,31 @@
 """What `results/*_small_replication` keeps of `scripts/replication.sh`.
 
-    python scripts/replication_record.py replication results/DATE_small_replication
+    python scripts/replication_record.py replication results/DATE_small_replication --seeds 0
 
-Per seed: settings and curves of the runs, tables and text of the probe, and `digests.txt` of what must come out again
-on the same machine, Python, torch and thread count: the last weights of each run, and the tables. Run it on another
-copy of a seed and compare the two `digests.txt`.
+Per seed: settings and curves of the runs, tables and report of the probe, and `digests.txt` of what
+must come out again on the same machine, Python, torch and thread count: the last weights of each run, and the tables.
+Run it on another copy of a seed and compare the two `digests.txt`.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
+from attnres.run_folder import COMPLETE, MANIFEST, sha256_of
+
 ARMS = ("attnres_small", "vanilla_small", "same_base_frozen", "same_base_full")
-OF_A_RUN = ("config.yaml", "metrics.csv", "routing.csv", "provenance.json", "complete.json")
+OF_A_RUN = ("config.yaml", "metrics.csv", "routing.csv", "provenance.json", COMPLETE)
 MEASURED = ("effects.parquet", "mass.parquet", "eligibility.csv")
 JUDGED = ("cells.csv", "contrasts.csv", "dissociation.csv", "motifs.csv", "routing.csv", "spearman.csv")
-TOLD = ("preregistration.json", "summary.json", "report.md", "viewer.json")
+TOLD = ("preregistration.json", "summary.json", "report.html", "report.md", "viewer.json")
 
 
-def only(folder: Path, pattern: str) -> Path:
-    found = [path for path in sorted(folder.glob(pattern)) if path.is_dir()]
+def only(seed: Path, pattern: str, last_file: str) -> Path:
+    """The one folder of a seed that is complete, as its last file says."""
+    found = [path.parent for path in seed.glob(f"{pattern}/{last_file}")]
     if len(found) != 1:
-        raise SystemExit(f"{folder}: {len(found)} folders match {pattern}; run scripts/replication.sh to its end")
+        raise SystemExit(f"{seed}: {len(found)} complete folders {pattern}; run scripts/replication.sh to its end")
     return found[0]
 
 
@@ -35,17 +37,18 @@ def copy(names: tuple[str, ...], source: Path, target: Path) -> None:
 
 
 def record(seed: Path, out: Path) -> None:
+    # Found before anything is written.
+    runs = {arm: only(seed, f"{arm}-*", COMPLETE) for arm in ARMS}
+    probe = only(seed, "probe_attnres_small-*", "report.html")
     digests = []
-    for arm in ARMS:
-        run = only(seed, f"{arm}-*")
+    for arm, run in runs.items():
         copy(OF_A_RUN, run, out / arm)
-        last = run / json.loads((run / "complete.json").read_text())["checkpoint"]
-        files = json.loads((last / "manifest.json").read_text())["files"]
+        last = run / json.loads((run / COMPLETE).read_text())["checkpoint"]
+        files = json.loads((last / MANIFEST).read_text())["files"]
         digests.append(f"{files['model/model.safetensors']['sha256']}  {arm}/{last.name}/model.safetensors")
-    probe = only(seed, "probe_attnres_small-*")
     copy((*MEASURED, *JUDGED, *TOLD), probe, out / "probe")
     for name in (*MEASURED, *JUDGED):
-        digests.append(f"{hashlib.sha256((probe / name).read_bytes()).hexdigest()}  probe/{name}")
+        digests.append(f"{sha256_of(probe / name)}  probe/{name}")
     (out / "digests.txt").write_text("\n".join(digests) + "\n")
 
 
@@ -53,10 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what scripts/replication.sh was given")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
     given = parser.parse_args()
-    for seed in sorted(given.folder.glob("seed*")):
-        record(seed, given.out / seed.name)
-        print(given.out / seed.name)
+    for seed in given.seeds:
+        name = f"seed{seed}"
+        record(given.folder / name, given.out / name)
+        print(given.out / name)
 
 
 if __name__ == "__main__":
