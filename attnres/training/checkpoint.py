@@ -59,7 +59,7 @@ class RunCheckpointIO(TorchCheckpointIO):
     Args:
         published: called with a folder when it carries its final name.
         background: write in a thread, from a copy in host memory, while training goes on. One write at a time; an
-            error of it is raised by the next call of any method. `storage_options={"wait": True}` waits all the same.
+            error of it is raised by the next save, `check` or `wait`. `storage_options={"wait": True}` waits.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ def host_copy(value: Any) -> Any:
     def copy(item: Any) -> Any:
         if isinstance(item, Tensor):
             key = (item.device, item.data_ptr(), item.dtype, item.shape, item.stride())
-            if item.numel() == 0 or key not in copies:
+            if key not in copies:
                 copies[key] = item.detach().to("cpu", copy=True)
             return copies[key]
         if isinstance(item, dict):

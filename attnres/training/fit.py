@@ -233,7 +233,7 @@ def _written(checkpoint_io: RunCheckpointIO) -> Iterator[None]:
     except BaseException:
         try:
             checkpoint_io.wait()
-        except AttnResError as error:
+        except (AttnResError, OSError) as error:
             log.error("%s", error)
         raise
 
