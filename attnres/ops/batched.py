@@ -145,17 +145,18 @@ class _Inter(torch.autograd.Function):
         return d_queries, d_bias, None, *(g.to(dtype) for g, dtype in zip(d_sources, ctx.dtypes, strict=True))
 
 
-def _norm_backward(d_normed: Tensor, hat: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _norm_backward(d_normed: Tensor, hat: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `hat * weight` with `hat = x * rstd(x)`.
 
     Returns:
-        The gradient of x divided by its rstd `[..., D]`, the projection `mean_d(d_hat * hat)` `[...]`, the gradient of
-        the weight `[D]`, and a buffer `[..., D]` that is free again.
+        The gradient of x divided by its rstd `[..., D]`, the projection `mean_d(d_hat * hat)` `[...]`, and the gradient
+        of the weight `[D]`.
     """
-    weighted = d_normed * hat
-    d_weight = weighted.flatten(0, -2).sum(0)
-    projection = (weighted @ weight) / hat.shape[-1]
-    return (d_normed * weight).addcmul_(hat, projection.unsqueeze(-1), value=-1), projection, d_weight, weighted
+    buffer = d_normed * hat
+    d_weight = buffer.flatten(0, -2).sum(0)
+    projection = (buffer @ weight) / hat.shape[-1]
+    d_x = torch.mul(d_normed, weight, out=buffer)
+    return d_x.addcmul_(hat, projection.unsqueeze(-1), value=-1), projection, d_weight
 
 
 class _Norm(torch.autograd.Function):
@@ -174,7 +175,7 @@ class _Norm(torch.autograd.Function):
     @_in_full_precision
     def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hat, weight, rstd = ctx.saved_tensors
-        d_x, _, d_weight, _ = _norm_backward(d_normed, hat, weight)
+        d_x, _, d_weight = _norm_backward(d_normed, hat, weight)
         return d_x.mul_(rstd), d_weight, None
 
 
@@ -221,16 +222,20 @@ class _Merge(torch.autograd.Function):
         d_normed = torch.zeros_like(state) if d_normed is None else d_normed.to(h_hat.dtype)
         width = state.shape[-1]
         # d_h lacks the factor h_rstd, which is folded into what it meets next.
-        d_h, projection, d_norm_weight, buffer = _norm_backward(d_normed, h_hat, norm_weight)
+        d_h, projection, d_norm_weight = _norm_backward(d_normed, h_hat, norm_weight)
         # d_beta = d_h . (state - mixed), and h is their mix: beta (1 - beta) d_beta = beta (d_h . state - d_h . h).
         # RMS norm leaves d_h . h = projection * width * eps * h_rstd^2, which needs no pass over h.
-        against_state = torch.mul(d_h, state, out=buffer).sum(-1) * h_rstd
+        d_state = d_h * state  # until its sum is taken, a buffer
+        against_state = d_state.sum(-1) * h_rstd
         d_gate = beta * (against_state - projection * width * ctx.norm_eps * h_rstd.square())
         d_score = d_gate if d_logit is None else d_gate + d_logit
         d_dot = d_score * rstd
         through_mix = (beta * h_rstd).unsqueeze(-1)
-        d_state = d_h * through_mix if d_total is None else torch.addcmul(d_total.to(h_hat.dtype), d_h, through_mix)
-        d_state.view(-1, width).addr_(d_dot.flatten(), query)
+        if d_total is None:
+            torch.mul(d_h, through_mix, out=d_state)
+        else:
+            torch.addcmul(d_total.to(h_hat.dtype), d_h, through_mix, out=d_state)
+        d_state.addcmul_(d_dot.unsqueeze(-1), query)
         d_state.addcmul_(state, (-d_score * score * rstd.square() / width).unsqueeze(-1))
         d_mixed = d_h.mul_(((1 - beta) * h_rstd).unsqueeze(-1))
         d_query = d_dot.flatten() @ state.view(-1, width)
