@@ -9,6 +9,7 @@ import pandas as pd
 from attnres.probe.dissociation import which_predicts
 from attnres.probe.inference import StatisticsConfig, adjust_p
 from attnres.probe.motifs import motif_verdicts
+from attnres.probe.roles import TRAINED, UNIFORM, Roles
 from attnres.probe.statistics import SLICE, place_kind
 
 # The motifs that the study reports: (what it says, family, sublayer, band).
@@ -18,9 +19,6 @@ MOTIFS = (
     ("current state through early MLPs", "current", "mlp", "early"),
     ("older history through late attention", "older", "attn", "late"),
 )
-TRAINED = "attnres"
-# The baseline that shares the source convention of a model trained here.
-SHARED = "uniform"
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = "reproduced", "not reproduced", "inconclusive", "not tested"
 Claim = dict[str, Any]
 
@@ -33,32 +31,35 @@ def study_claims(
     spearman: pd.DataFrame,
     checks: list[dict[str, Any]],
     config: StatisticsConfig,
+    roles: Roles,
 ) -> list[Claim]:
     """One row per claim: `claim`, `verdict` ("reproduced", "not reproduced", "inconclusive" or "not tested"),
-    `evidence`, `test`, and `against`: {baseline: verdict}, for every other model in the tables.
+    `evidence`, `test`, `against`: {model without trained routing: verdict}, and `recurs`: {control with: verdict}.
 
-    A claim is about the trained model; against a baseline it is reproduced if it holds in the trained model and the
+    A claim is about the trained model. Against a baseline it is reproduced if it holds in the trained model and the
     comparison with that baseline supports it, not reproduced if either is shown to fail, and otherwise inconclusive.
+    In a control whose routing was trained too it is the claim about that control, which the trained model does not
+    enter: that it recurs there is no evidence against it.
     """
     # The study masked; other interventions and the controls have cells of their own.
     cells, contrasts = (
         table[(table["intervention"] == "mask") & (table["band"].map(place_kind) == "band")]
         for table in (cells, contrasts)
     )
-    baselines = [str(model) for model in cells["model"].unique() if model != TRAINED]
     return [
         *_schedule_claims(checks),
-        *_motif_claims(cells, contrasts, motifs, baselines, config),
-        _training_claim(contrasts, motifs, baselines),
-        *_dissociation_claims(dissociation, baselines),
-        _mass_is_not_effect(dissociation, spearman, baselines),
-        _mass_without_role(cells, baselines),
-        _norm_claim(spearman, config),
+        *_motif_claims(cells, contrasts, motifs, roles, config),
+        _training_claim(contrasts, motifs, roles),
+        *_dissociation_claims(dissociation, roles),
+        _mass_is_not_effect(dissociation, spearman, roles),
+        _mass_without_role(cells, roles),
+        _norm_claim(spearman, roles, config),
     ]
 
 
-def baseline_disagreements(contrasts: pd.DataFrame) -> dict[str, Any]:
+def baseline_disagreements(contrasts: pd.DataFrame, roles: Roles) -> dict[str, Any]:
     """Cells whose decided verdict differs between baselines: `cells` {cell: {baseline: verdict}} and `statement`."""
+    contrasts = contrasts[contrasts["baseline"].isin(roles.baselines)]
     decided = contrasts[contrasts["verdict"] != INCONCLUSIVE]
     found = {
         str(cell): dict(zip(rows["baseline"], rows["verdict"], strict=True))
@@ -68,20 +69,23 @@ def baseline_disagreements(contrasts: pd.DataFrame) -> dict[str, Any]:
     total = contrasts["cell"].nunique()
     statement = (
         f"the baselines disagree on {len(found)} of {total} cells; what training added is read from a baseline that "
-        f"shares the source convention ({SHARED})"
+        f"shares the source convention ({', '.join(roles.shared) or 'none here'})"
         if found
         else f"the baselines do not contradict each other on any of {total} cells"
     )
     return {"cells": found, "statement": statement}
 
 
-def has_trained_routing(model: str) -> bool:
-    """Whether a control is one in which routing was trained: those of the same base or from scratch, but uniform."""
-    return model.startswith(("same_base", "scratch")) and "uniform" not in model
-
-
-def _claim(claim: str, verdict: str, evidence: str, test: str, against: Mapping[str, str]) -> Claim:
-    return {"claim": claim, "verdict": verdict, "evidence": evidence, "test": test, "against": dict(against)}
+def _claim(
+    claim: str,
+    verdict: str,
+    evidence: str,
+    test: str,
+    against: Mapping[str, str],
+    recurs: Mapping[str, str] | None = None,
+) -> Claim:
+    told = {"claim": claim, "verdict": verdict, "evidence": evidence, "test": test}
+    return told | {"against": dict(against), "recurs": dict(recurs or {})}
 
 
 def _both(ours: str, comparison: str) -> str:
@@ -110,21 +114,30 @@ def _schedule_claims(checks: list[dict[str, Any]]) -> list[Claim]:
     return rows
 
 
-def _motif_claims(
-    cells: pd.DataFrame, contrasts: pd.DataFrame, motifs: pd.DataFrame, baselines: list[str], config: StatisticsConfig
-) -> list[Claim]:
-    """The study's motifs, a family of their own for Holm because they were named before any result."""
-    trained = cells[cells["model"] == TRAINED].set_index(SLICE)
-    table = motifs[motifs["model"] == TRAINED].set_index(SLICE)
-    table = table.loc[[motif[1:] for motif in MOTIFS if motif[1:] in table.index]]
+def _of_study(motifs: pd.DataFrame, model: str, config: StatisticsConfig) -> pd.DataFrame:
+    """The study's motifs in one model by slice, with `p_study` and the claim's `told` verdict.
+
+    They are a family of their own for Holm, because they were named before any result.
+    """
+    table = motifs[motifs["model"] == model].set_index(SLICE)
+    table = table.loc[[motif[1:] for motif in MOTIFS if motif[1:] in table.index]].assign(p_study=np.nan)
     tested = table.index[table["p"].notna()]
-    adjusted = pd.Series(np.nan, index=table.index)
     if len(tested):
-        adjusted[tested] = adjust_p(table.loc[tested, "p"], len(MOTIFS))
-    verdicts = dict(zip(table.index, motif_verdicts(table, adjusted, config.alpha), strict=True))
+        table.loc[tested, "p_study"] = adjust_p(table.loc[tested, "p"], len(MOTIFS))
+    told_as = {"motif": REPRODUCED, "no motif": NOT_REPRODUCED}
+    verdicts = motif_verdicts(table, table["p_study"], config.alpha)
+    return table.assign(told=[told_as.get(verdict, INCONCLUSIVE) for verdict in verdicts])
+
+
+def _motif_claims(
+    cells: pd.DataFrame, contrasts: pd.DataFrame, motifs: pd.DataFrame, roles: Roles, config: StatisticsConfig
+) -> list[Claim]:
+    trained = cells[cells["model"] == TRAINED].set_index(SLICE)
+    table = _of_study(motifs, TRAINED, config)
+    elsewhere = {name: _of_study(motifs, name, config)["told"] for name in roles.trained_too}
     compared = {(row.cell, row.baseline): row.verdict for row in contrasts.itertuples()}
-    told_as = {"motif": REPRODUCED, "no motif": NOT_REPRODUCED, "inconclusive": INCONCLUSIVE}
     larger = {"trained larger": REPRODUCED, "inconclusive": INCONCLUSIVE, None: NOT_TESTED}
+    baselines = (*roles.baselines, *roles.nulls)
     test = (
         "causal; exceeds the family's other cells and its matched control (one-sided sign flips by document, Holm over "
         f"the study's {len(MOTIFS)} motifs); against a baseline: its effect is larger than there"
@@ -132,25 +145,27 @@ def _motif_claims(
     rows = []
     for told, *where in MOTIFS:
         claim, key = f"motif: {told}", (where[0], where[1], where[2])
+        recurs = {name: verdicts.get(key, NOT_TESTED) for name, verdicts in elsewhere.items()}
         if key not in trained.index or key not in table.index:
             reason = f"excluded: {trained.loc[key, 'reason']}" if key in trained.index else "not part of this grid"
-            rows.append(_claim(claim, NOT_TESTED, reason, test, dict.fromkeys(baselines, NOT_TESTED)))
+            rows.append(_claim(claim, NOT_TESTED, reason, test, dict.fromkeys(baselines, NOT_TESTED), recurs))
             continue
-        cell, motif, verdict = trained.loc[key], table.loc[key], told_as[verdicts[key]]
+        cell, motif = trained.loc[key], table.loc[key]
         against = {
-            name: _both(verdict, larger.get(compared.get((cell["cell"], name)), NOT_REPRODUCED)) for name in baselines
+            name: _both(motif["told"], larger.get(compared.get((cell["cell"], name)), NOT_REPRODUCED))
+            for name in baselines
         }
-        matched = f"matched control {motif['matched']}"
+        matched = f"no matched control, and no motif without one: {motif['matched']}"
         if motif["matched"] == "run":
             matched = f"over its matched control {motif['matched_diff']:+.4f} (p {motif['matched_p']:.3g})"
         evidence = (
             f"{cell['verdict']}, dNLL {cell['dnll']:+.4f} [{cell['dnll_lo']:+.4f}, {cell['dnll_hi']:+.4f}]; over the "
             f"family's {motif['others']} other cells {motif['elsewhere_diff']:+.4f} (p {motif['elsewhere_p']:.3g}); "
-            f"{matched}; Holm p {adjusted[key]:.3g}; against {SHARED}: effect {motif['effect_learned']}, "
+            f"{matched}; Holm p {motif['p_study']:.3g}; against {UNIFORM}: effect {motif['effect_learned']}, "
             f"mass {motif['mass_learned']}"
         )
         rows.append(
-            _claim(claim, verdict, evidence, test, against)
+            _claim(claim, motif["told"], evidence, test, against, recurs)
             | {
                 "cell": cell["cell"],
                 "effect_learned": motif["effect_learned"],
@@ -161,57 +176,64 @@ def _motif_claims(
     return rows
 
 
-def _training_claim(contrasts: pd.DataFrame, motifs: pd.DataFrame, baselines: list[str]) -> Claim:
+def _training_claim(contrasts: pd.DataFrame, motifs: pd.DataFrame, roles: Roles) -> Claim:
     """Structured routing emerges only when routing was trained: motifs here, larger than in a baseline, none there."""
-    found = {
-        model: list(motifs.loc[(motifs["model"] == model) & (motifs["verdict"] == "motif"), "cell"])
-        for model in (TRAINED, *baselines)
-    }
-    undecided = bool(((motifs["model"] == TRAINED) & (motifs["verdict"] == "inconclusive")).any())
-    mine = found[TRAINED]
+
+    def cells(model: str, verdict: str) -> list[str]:
+        return list(motifs.loc[(motifs["model"] == model) & (motifs["verdict"] == verdict), "cell"])
+
+    mine, uncontrolled = cells(TRAINED, "motif"), cells(TRAINED, "uncontrolled")
+    undecided = bool(uncontrolled or cells(TRAINED, "inconclusive"))
     ours = REPRODUCED if mine else INCONCLUSIVE if undecided else NOT_REPRODUCED
     against, told = {}, []
-    for name in baselines:
+    for name in (*roles.baselines, *roles.nulls):
+        found, possible = cells(name, "motif"), cells(name, "uncontrolled")
         rows = contrasts[(contrasts["baseline"] == name) & contrasts["cell"].isin(mine)]
         larger = list(rows.loc[rows["verdict"] == "trained larger", "cell"])
-        if has_trained_routing(name):
-            shared = [cell for cell in found[name] if cell in mine]
-            comparison = REPRODUCED if shared else INCONCLUSIVE
-            told.append(f"{name}, whose routing was trained too, has {len(shared)} of these motifs")
+        if found:
+            comparison = NOT_REPRODUCED
+        elif rows.empty and mine:
+            comparison = NOT_TESTED
+        elif possible:
+            comparison = INCONCLUSIVE
+        elif larger:
+            comparison = REPRODUCED
         else:
-            if found[name]:
-                comparison = NOT_REPRODUCED
-            elif rows.empty and mine:
-                comparison = NOT_TESTED
-            elif larger:
-                comparison = REPRODUCED
-            else:
-                decided = (rows["verdict"] != INCONCLUSIVE).all()
-                comparison = NOT_REPRODUCED if decided and len(rows) else INCONCLUSIVE
-            told.append(
-                f"{name} has {len(found[name])} motifs of its own and a smaller effect in {len(larger)} of these"
-            )
+            decided = (rows["verdict"] != INCONCLUSIVE).all()
+            comparison = NOT_REPRODUCED if decided and len(rows) else INCONCLUSIVE
+        told.append(
+            f"{name} has {len(found)} motifs of its own ({len(possible)} more without a matched control) and a smaller "
+            f"effect in {len(larger)} of these"
+        )
         against[name] = _both(ours, comparison)
-    decisive = [name for name in baselines if name == SHARED or name.startswith("same_base")]
-    verdicts = [against[name] for name in decisive]
+    recurs = {}
+    for name in roles.trained_too:
+        again = [cell for cell in cells(name, "motif") if cell in mine]
+        recurs[name] = NOT_TESTED if not mine else REPRODUCED if again else INCONCLUSIVE
+        told.append(f"{name}, whose routing was trained too, has {len(again)} of these motifs")
+    verdicts = [against[name] for name in roles.shared]
     if ours != REPRODUCED:
         verdict = ours
     elif not verdicts:
         verdict = INCONCLUSIVE
-        told.append(f"no baseline shares the source convention (none is {SHARED} or of the same base)")
+        told.append("no model without trained routing shares the source convention")
     elif NOT_REPRODUCED in verdicts:
         verdict = NOT_REPRODUCED
     else:
         verdict = REPRODUCED if all(v == REPRODUCED for v in verdicts) else INCONCLUSIVE
-    disagree = len({v for v in against.values() if v in (REPRODUCED, NOT_REPRODUCED)}) > 1
-    evidence = ("the baselines disagree; " if disagree else "") + "; ".join(
-        [f"{len(mine)} motifs in the trained model ({', '.join(mine) or 'none'})", *told]
+    decided = {against[name] for name in roles.baselines} & {REPRODUCED, NOT_REPRODUCED}
+    evidence = ("the baselines disagree; " if len(decided) > 1 else "") + "; ".join(
+        [
+            f"{len(mine)} motifs in the trained model ({', '.join(mine) or 'none'}), "
+            f"{len(uncontrolled)} more without a matched control",
+            *told,
+        ]
     )
     test = (
-        "motifs over the whole grid (Holm) in the trained model; none in a baseline without trained routing, and a "
-        f"larger effect than there; decided by the baselines that share the source convention ({SHARED}, same_base*)"
+        "motifs over the whole grid (Holm) in the trained model; none in a model without trained routing, and a larger "
+        f"effect than there; decided by those that share the source convention ({', '.join(roles.shared) or 'none'})"
     )
-    return _claim("structured routing emerges only when routing was trained", verdict, evidence, test, against)
+    return _claim("structured routing emerges only when routing was trained", verdict, evidence, test, against, recurs)
 
 
 _DISSOCIATION = {"dissociated": REPRODUCED, "coincide": NOT_REPRODUCED}
@@ -225,6 +247,12 @@ def _unlike(ours: str, theirs: str) -> str:
     return _both(ours, comparison)
 
 
+def _compared(roles: Roles, ours: str, found: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """`against` and `recurs` of a finding, from the verdict on it in each model."""
+    against = {name: _unlike(ours, found.get(name, NOT_TESTED)) for name in (*roles.baselines, *roles.nulls)}
+    return against, {name: found.get(name, NOT_TESTED) for name in roles.trained_too}
+
+
 def _dissociated(dissociation: pd.DataFrame) -> dict[str, dict[str, str]]:
     """model -> sublayer -> verdict."""
     return {
@@ -233,14 +261,15 @@ def _dissociated(dissociation: pd.DataFrame) -> dict[str, dict[str, str]]:
     }
 
 
-def _dissociation_claims(dissociation: pd.DataFrame, baselines: list[str]) -> list[Claim]:
+def _dissociation_claims(dissociation: pd.DataFrame, roles: Roles) -> list[Claim]:
     verdicts = _dissociated(dissociation)
     rows = []
     for _, row in dissociation[dissociation["model"] == TRAINED].iterrows():
         reason = f"{row['reason']}; " if row["reason"] else ""
         predicted = f"; effect is predicted by {row['predicted_by']}" if row["predicted_by"] else ""
         pair = f"largest mass {row['mass_cell']}, largest effect {row['effect_cell']}"
-        ours = verdicts[TRAINED][row["sublayer"]]
+        found = {model: of_model.get(row["sublayer"], NOT_TESTED) for model, of_model in verdicts.items()}
+        ours = found[TRAINED]
         rows.append(
             _claim(
                 f"{row['sublayer']}: the slice of largest mass is not the slice of largest effect",
@@ -248,13 +277,13 @@ def _dissociation_claims(dissociation: pd.DataFrame, baselines: list[str]) -> li
                 f"{reason}{pair}{predicted}",
                 "picked on the pilot split; both differences on the confirmatory split (intersection-union, Holm over "
                 "the sublayers); against a baseline: it does not show the same",
-                {name: _unlike(ours, verdicts.get(name, {}).get(row["sublayer"], NOT_TESTED)) for name in baselines},
+                *_compared(roles, ours, found),
             )
         )
     return rows
 
 
-def _mass_is_not_effect(dissociation: pd.DataFrame, spearman: pd.DataFrame, baselines: list[str]) -> Claim:
+def _mass_is_not_effect(dissociation: pd.DataFrame, spearman: pd.DataFrame, roles: Roles) -> Claim:
     """The study: in both sublayers."""
 
     def overall(found: Mapping[str, str]) -> str:
@@ -273,7 +302,7 @@ def _mass_is_not_effect(dissociation: pd.DataFrame, spearman: pd.DataFrame, base
         overall(mine),
         "; ".join(told),
         "the dissociation of every sublayer type; against a baseline: it does not show the same",
-        {name: _unlike(overall(mine), overall(verdicts.get(name, {}))) for name in baselines},
+        *_compared(roles, overall(mine), {model: overall(found) for model, found in verdicts.items()}),
     )
 
 
@@ -297,7 +326,7 @@ def _idle_families(cells: pd.DataFrame, model: str) -> tuple[str, str]:
     return REPRODUCED if found else INCONCLUSIVE if possible else NOT_REPRODUCED, evidence
 
 
-def _mass_without_role(cells: pd.DataFrame, baselines: list[str]) -> Claim:
+def _mass_without_role(cells: pd.DataFrame, roles: Roles) -> Claim:
     verdict, evidence = _idle_families(cells, TRAINED)
     return _claim(
         "one source family carries appreciable mass and has no detectable role",
@@ -305,19 +334,22 @@ def _mass_without_role(cells: pd.DataFrame, baselines: list[str]) -> Claim:
         evidence,
         "mass above |F|/S (lower confidence bound) and equivalence to zero (TOST and KL) in all of the family's cells; "
         "against a baseline: it does not show the same",
-        {name: _unlike(verdict, _idle_families(cells, name)[0]) for name in baselines},
+        *_compared(roles, verdict, {str(model): _idle_families(cells, model)[0] for model in cells["model"].unique()}),
     )
 
 
-def _norm_claim(spearman: pd.DataFrame, config: StatisticsConfig) -> Claim:
+def _norm_claim(spearman: pd.DataFrame, roles: Roles, config: StatisticsConfig) -> Claim:
     """The question behind "mass is not effect": would a measure that knows vector lengths have told?"""
-    found = which_predicts(spearman, config.alpha)
-    verdict = NOT_REPRODUCED if found["better"] else REPRODUCED if found["worse"] else INCONCLUSIVE
+
+    def in_model(model: str) -> tuple[str, str]:
+        found = which_predicts(spearman, config.alpha, model)
+        return NOT_REPRODUCED if found["better"] else REPRODUCED if found["worse"] else INCONCLUSIVE, found["statement"]
+
     return _claim(
         "mass is not just norm: a norm-aware measure predicts effect no better than mass does",
-        verdict,
-        found["statement"],
+        *in_model(TRAINED),
         "difference of rank correlations with effect, norm-aware share and displacement against mass (bootstrap over "
         "documents, Holm over the two); not reproduced if one of them predicts better",
         {},
+        {name: in_model(name)[0] for name in roles.trained_too},
     )

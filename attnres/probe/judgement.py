@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from attnres.probe.claims import TRAINED, baseline_disagreements, study_claims
+from attnres.probe.claims import baseline_disagreements, study_claims
 from attnres.probe.dissociation import dissociation_table, spearman_table, which_predicts
 from attnres.probe.inference import StatisticsConfig
 from attnres.probe.motifs import motif_table, permutation_null
+from attnres.probe.roles import TRAINED, Roles
 from attnres.probe.statistics import cell_table, contrast_table
 from attnres.provenance import write_text
 
@@ -40,9 +41,15 @@ class Judged:
             write_text(folder / name, text)
 
 
-def judge(effects: pd.DataFrame, mass: pd.DataFrame, eligibility: pd.DataFrame, statistics: StatisticsConfig) -> Judged:
+def judge(
+    effects: pd.DataFrame,
+    mass: pd.DataFrame,
+    eligibility: pd.DataFrame,
+    statistics: StatisticsConfig,
+    models: Sequence[Mapping[str, Any]],
+) -> Judged:
     """Every table of verdicts; see `cell_table`, `contrast_table`, `dissociation_table`, `spearman_table` and
-    `motif_table` for the arguments and for what is refused.
+    `motif_table` for the arguments and for what is refused, and `Roles.of` for `models`.
     """
     cells = cell_table(effects, mass, eligibility, statistics)
     contrasts = contrast_table(effects, eligibility, statistics, TRAINED, mass=mass)
@@ -51,14 +58,22 @@ def judge(effects: pd.DataFrame, mass: pd.DataFrame, eligibility: pd.DataFrame, 
         contrasts,
         dissociation_table(effects, mass, eligibility, statistics),
         spearman_table(effects, mass, eligibility, statistics),
-        motif_table(effects, cells, contrasts, statistics, TRAINED),
+        motif_table(effects, cells, contrasts, statistics, TRAINED, Roles.of(models).uniform),
     )
 
 
 def findings(
-    judged: Judged, effects: pd.DataFrame, checks: Sequence[Mapping[str, Any]], statistics: StatisticsConfig
+    judged: Judged,
+    effects: pd.DataFrame,
+    checks: Sequence[Mapping[str, Any]],
+    statistics: StatisticsConfig,
+    models: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The parts of `summary.json` that are judged: claims, dissociation, what predicts effect, nulls."""
+    """The parts of `summary.json` that are judged: claims, dissociation, what predicts effect, nulls.
+
+    `models` are the summary's own rows, which say of a control what was trained in it.
+    """
+    roles = Roles.of(models)
     found = {
         "claims": study_claims(
             judged.cells,
@@ -68,8 +83,9 @@ def findings(
             judged.spearman,
             [dict(check) for check in checks],
             statistics,
+            roles,
         ),
-        "baselines": baseline_disagreements(judged.contrasts),
+        "baselines": baseline_disagreements(judged.contrasts, roles),
         "dissociation": _dissociation_rows(judged.dissociation),
         "spearman": records(judged.spearman),
         "motifs": records(judged.motifs),

@@ -1,8 +1,9 @@
 """Motifs: cells whose family does there what it does not do elsewhere, and what an equal loss of mass does not do.
 
 A motif is causal, exceeds the mean of its family's other eligible cells, and exceeds its matched control (the same mass
-removed from sources outside the family) where that was run. Whether it was learned is another question, answered by
-the contrast with a baseline that shares the source convention; and whether its mass was learned is a third one.
+removed from sources outside the family); without a control nothing is called one. Whether it was learned is another
+question, answered by the contrast with a baseline that shares the source convention; and whether its mass was learned
+is a third one.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ def motif_table(
     contrasts: pd.DataFrame,
     config: StatisticsConfig,
     trained: str = "attnres",
-    shared: str = "uniform",
+    shared: str | None = "uniform",
     intervention: str = "mask",
     split: str = "confirm",
 ) -> pd.DataFrame:
@@ -37,8 +38,9 @@ def motif_table(
 
     Both comparisons are one-sided sign-flip tests by document; p is the larger of the two (an intersection-union
     test), Holm within a model over the sizes of its family in `cells`. Verdicts: "motif" if the cell is causal with a
-    positive effect and Holm's p is at most alpha; "no motif" if the cell is null, or an interval lies wholly below
-    zero, or the effect does; else "inconclusive".
+    positive effect and Holm's p is at most alpha; "uncontrolled" if that is so but no matched control was run, or none
+    is possible (p is then that of the other comparison); "no motif" if the cell is null, or an interval lies wholly
+    below zero, or the effect does; else "inconclusive".
 
     Args:
         effects: one row per model x cell x window.
@@ -46,7 +48,7 @@ def motif_table(
         contrasts: `contrast_table` of the same effects, for what was learned.
         config: level, resampling and seed.
         trained: name of the trained model.
-        shared: the baseline that shares the trained model's source convention.
+        shared: the baseline that shares the trained model's source convention, or None.
         intervention: the intervention whose effect is meant.
         split: the split that is tested.
 
@@ -98,8 +100,13 @@ def motif_table(
 
 def motif_verdicts(table: pd.DataFrame, p_adjusted: pd.Series, alpha: float) -> np.ndarray:
     """Verdicts of rows of a motif table, given p as corrected."""
-    motif = table["causal"].astype(bool) & (p_adjusted <= alpha)
-    return np.select([motif, table["ruled_out"].astype(bool)], ["motif", "no motif"], "inconclusive")
+    stands_out = table["causal"].astype(bool) & (p_adjusted <= alpha)
+    controlled = table["matched"] == "run"
+    return np.select(
+        [stands_out & controlled, table["ruled_out"].astype(bool), stands_out],
+        ["motif", "no motif", "uncontrolled"],
+        "inconclusive",
+    )
 
 
 def _compared(

@@ -15,13 +15,14 @@ from attnres.config import to_plain
 from attnres.data import ProbeWindows
 from attnres.model.families import BANDS, band_layers
 from attnres.probe.checks import Check
-from attnres.probe.claims import TRAINED
 from attnres.probe.config import GridConfig
 from attnres.probe.inference import StatisticsConfig
 from attnres.probe.interventions import Spec, parse
 from attnres.probe.judgement import findings, judge, registered_as, windows_digest
 from attnres.probe.locate import Located
+from attnres.probe.nulls import NULLS
 from attnres.probe.passes import Subject
+from attnres.probe.roles import TRAINED
 from attnres.probe.runner import Split, Tables
 from attnres.probe.subjects import Further
 from attnres.provenance import whole_file, write_json, write_text
@@ -104,8 +105,8 @@ TESTS = {
     "model, an intervention and a kind of place over maps of layers, blocks or reads",
     "contrast": "trained less baseline on the same windows, dNLL and mass apart; families as for cells, of the cells "
     "eligible in both, for each baseline separately",
-    "motif": "causal; exceeds its family's other cells and its matched control (one-sided sign flips, the larger p); "
-    "Holm over the grid, and over the study's four motifs",
+    "motif": "causal; exceeds its family's other cells and its matched control (one-sided sign flips, the larger p), "
+    "and none without a control; Holm over the grid, and over the study's four motifs",
     "dissociation": "cells picked on the pilot split; mass and effect both ordered on the confirmatory split "
     "(one-sided sign flips, the larger p); Holm over the sublayer types",
     "what predicts effect": "Spearman over cells of the mask, bootstrap over documents; differences from mass, Holm "
@@ -174,7 +175,9 @@ def write_tables(
 ) -> pd.DataFrame:
     """Judge the cells, write every table and `summary.json`, and return the table of cells."""
     grid, statistics = setting.grid, setting.statistics
-    judged = judge(tables.effects, tables.mass, eligibility, statistics)
+    clean_nll = tables.clean.groupby("model")["nll"].mean().to_dict()
+    models = [_describe(subject, setting, clean_nll) for subject in setting.subjects]
+    judged = judge(tables.effects, tables.mass, eligibility, statistics, models)
     for name, frame in (("effects", tables.effects), ("mass", tables.mass)):
         with whole_file(folder / f"{name}.parquet") as part:
             frame.to_parquet(part, index=False)
@@ -183,14 +186,13 @@ def write_tables(
     judged.write(folder)
     for name, frame in (("routing", tables.routing), ("eligibility", eligibility)):
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))
-    clean_nll = tables.clean.groupby("model")["nll"].mean().to_dict()
     checks = [check.as_dict() for check in setting.checks]
     candidates = statistics.grid_cells or 0
     summary = {
         "title": f"Does the routing of {setting.located[0].run} tell the truth?",
         "created": _now(),
         "command": setting.provenance["command"],
-        "models": [_describe(subject, setting, clean_nll) for subject in setting.subjects],
+        "models": models,
         "checks": checks,
         "grid": {
             "candidate_cells": candidates,
@@ -214,7 +216,7 @@ def write_tables(
         "provenance": setting.provenance,
         "plan_notes": _plan_notes(setting.subjects),
         "preregistration": registered_as(folder / "preregistration.json"),
-    } | findings(judged, tables.effects, checks, statistics)
+    } | findings(judged, tables.effects, checks, statistics, models)
     write_json(folder / "summary.json", summary)
     return judged.cells
 
@@ -239,6 +241,9 @@ def _describe(subject: Subject, setting: Setting, clean_nll: Mapping[str, float]
         "kind": kind,
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "convention": subject.plan.convention,
+        "routing_trained": subject.schedule is None
+        and subject.name not in NULLS
+        and (where.training.get("config") or {}).get("trainable") != "body",
         "layers": subject.plan.num_layers,
         "blocks": subject.plan.num_real_blocks,
         "step": where.training.get("step"),

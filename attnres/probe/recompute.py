@@ -1,6 +1,7 @@
 """The judged tables again from what a probe measured, and one judgement over the parts of a swept grid.
 
-    python -m attnres.probe.recompute DIR              recompute, and say which tables differ from those in DIR
+    python -m attnres.probe.recompute DIR                      say which tables differ from those in DIR
+    python -m attnres.probe.recompute DIR --out OUT            the probe judged anew: tables, claims, report
     python -m attnres.probe.recompute DIR DIR ... --out OUT    one grid from parts, corrected over all of it
 
 No model is loaded: `effects.parquet`, `mass.parquet`, `eligibility.csv` and `preregistration.json` are enough.
@@ -8,6 +9,7 @@ No model is loaded: `effects.parquet`, `mass.parquet`, `eligibility.csv` and `pr
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +24,14 @@ from attnres.probe.inference import StatisticsConfig
 from attnres.probe.judgement import Judged, findings, judge, registered_as, windows_digest
 from attnres.probe.report import write_report
 from attnres.probe.statistics import EFFECTS, MASSES, SLICE
-from attnres.provenance import write_json, write_text
+from attnres.provenance import git_state, whole_file, write_json, write_text
 
 # Settings of a probe that say which part of the grid it runs; parts must agree in all the others.
 PART_KEYS = ("families", "sublayers", "bands", "intervention", "interventions", "controls", "places", "cells")
 EXECUTION_KEYS = ("batch_size", "cells_per_pass")
+# What a probe leaves of its models, and what was fixed before: everything that no judgement changes.
+MEASURED = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parquet", "eligibility.csv", "routing.csv",
+            "viewer.json")  # fmt: skip
 # Largest difference, in nats/token or of a share, between two measurements of one thing: rounding on other machines.
 OVERLAP_LIMIT = 1e-5
 _AGAIN = "run the probe again, or name the folder that it wrote"
@@ -93,13 +98,39 @@ def _check(measured: Measured) -> None:
 
 def recompute(measured: Measured) -> tuple[Judged, list[str]]:
     """The judged tables, and the names of those that the folder lacks or has otherwise."""
-    judged = judge(measured.effects, measured.mass, measured.eligibility, measured.statistics)
+    models = measured.summary["models"]
+    judged = judge(measured.effects, measured.mass, measured.eligibility, measured.statistics, models)
     differing = []
     for name, text in judged.texts().items():
         path = measured.folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             differing.append(name)
     return judged, differing
+
+
+def judge_anew(measured: Measured, out: Path) -> None:
+    """What a probe measured, as this version of the code judges it: the folder again at `out`, without a report.
+
+    Raises:
+        StorageError: `out` cannot be written.
+    """
+    models = measured.summary["models"]
+    judged = judge(measured.effects, measured.mass, measured.eligibility, measured.statistics, models)
+    summary = dict(measured.summary) | findings(
+        judged, measured.effects, measured.summary.get("checks", []), measured.statistics, models
+    )
+    git = git_state()
+    summary["judged_anew"] = {"command": f"python -m attnres.probe.recompute {measured.folder} --out {out}", "git": git}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in MEASURED:
+            if (measured.folder / name).is_file() and measured.folder.resolve() != out.resolve():
+                with whole_file(out / name) as part:
+                    shutil.copyfile(measured.folder / name, part)
+        judged.write(out)
+        write_json(out / "summary.json", summary)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror}); free space or name another --out") from error
 
 
 def combine(folders: Sequence[Path], out: Path) -> None:
@@ -129,7 +160,7 @@ def combine(folders: Sequence[Path], out: Path) -> None:
         row = twice.iloc[0]
         raise DataError(f"{row['cell']} of {row['model']} is eligible in one part and not in another: they do not fit")
     eligibility = eligibility.drop_duplicates(["model", "cell"], ignore_index=True)
-    judged = judge(effects, mass, eligibility, first.statistics)
+    judged = judge(effects, mass, eligibility, first.statistics, first.summary["models"])
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "preregistration.json", _registered(parts))
@@ -214,7 +245,7 @@ def _summary(
         first
         | {"grid": grid, "command": command, "preregistration": registered_as(out / "preregistration.json")}
         | {"parts": [{"folder": part.folder.name, "command": part.summary.get("command")} for part in parts]}
-        | findings(judged, effects, first.get("checks", []), statistics)
+        | findings(judged, effects, first.get("checks", []), statistics, first["models"])
     )
 
 
@@ -222,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m attnres.probe.recompute`: returns the exit code, 5 where a recomputed table differs."""
     parser = argparse.ArgumentParser(prog="python -m attnres.probe.recompute", description=__doc__.split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="+", help="a folder that probe.py wrote, or the parts of a grid")
-    parser.add_argument("--out", type=Path, help="where the judged tables, or the combined probe, are written")
+    parser.add_argument("--out", type=Path, help="where the probe judged anew, or the combined one, is written")
     given = parser.parse_args(arguments)
     try:
         if len(given.folders) > 1:
@@ -231,10 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             combine(given.folders, given.out)
             sys.stdout.write(f"{write_report(given.out)}\n")
             return 0
-        judged, differing = recompute(read_measured(given.folders[0]))
+        measured = read_measured(given.folders[0])
         if given.out is not None:
-            given.out.mkdir(parents=True, exist_ok=True)
-            judged.write(given.out)
+            judge_anew(measured, given.out)
+            sys.stdout.write(f"{write_report(given.out)}\n")
+            return 0
+        _, differing = recompute(measured)
         sys.stdout.write(f"differ: {', '.join(differing)}\n" if differing else "all tables are reproduced exactly\n")
         return 5 if differing else 0
     except AttnResError as error:

@@ -29,7 +29,8 @@ _SECTIONS = {
     "mass": "Mass and effect",
     "forest": "Intervals",
     "doses": "Doses",
-    "contrasts": "Baselines",
+    "contrasts": "Contrasts",
+    "motifs": "Motifs",
     "viewer": "Tokens",
     "cells": "All cells",
     "reading": "How to read",
@@ -55,7 +56,11 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     out = folder if out is None else Path(out)
     tables = read_tables(folder)
     context = _context(tables, draw(tables)) | {"viewer": read_viewer(folder)}
-    kept = {"doses": bool(context["drawings"]["doses"] or context["drawings"]["ladder"]), "viewer": context["viewer"]}
+    kept = {
+        "doses": bool(context["drawings"]["doses"] or context["drawings"]["ladder"]),
+        "viewer": context["viewer"],
+        "motifs": context["motifs"],
+    }
     context["sections"] = [(anchor, name) for anchor, name in _SECTIONS.items() if kept.get(anchor, True)]
     html = render_html("report.html.j2", context)
     text = render_text("report.md.j2", context)
@@ -82,7 +87,8 @@ def _context(tables: Tables, drawings: dict[str, list[Drawing]]) -> dict[str, An
         "cells": tables.cells.to_dict("records"),
         "bh": tables.discovery_column,
         "contrasts": tables.contrasts.to_dict("records"),
-        "clashes": words.disagreements(tables.contrasts),
+        "motifs": words.motifs(tables),
+        "clashes": words.disagreements(tables.against_baselines),
         "provenance": words.redact(tables.summary.get("provenance", {})),
         "preregistration": words.redact(tables.preregistration),
         "sample": [(split, rows["document"].nunique(), len(rows)) for split, rows in windows],

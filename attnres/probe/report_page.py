@@ -45,7 +45,7 @@ def _environment(autoescape: bool) -> jinja2.Environment:
         "count": words.count,
         "slug": words.slug,
         "md": words.markdown,
-        "against": words.against,
+        "compared": words.compared,
         "adjusted": words.adjusted,
         "indented": lambda v: json.dumps(v, indent=2, ensure_ascii=False, default=str),
     }

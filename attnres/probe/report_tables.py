@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from attnres.errors import ConfigError, DataError
 from attnres.json_files import read_object
+from attnres.probe.roles import Roles
 from attnres.redaction import redact_values
 
 _CELL = ("family", "sublayer", "band")
@@ -75,8 +76,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 _TEXT = frozenset({"model", "baseline", "cell", "intervention", *_CELL, "reason", "verdict", "role", "split"})
 _FLAGS = frozenset({"eligible", "appreciable"})
 DISCOVERY = ("p_fdr", "p_bh")
-_LISTS = ("models", "checks", "claims", "dissociation", "spearman", "plan_notes")
-_OBJECTS = ("grid", "statistics", "recency", "provenance")
+_LISTS = ("models", "checks", "claims", "dissociation", "spearman", "motifs", "plan_notes")
+_OBJECTS = ("grid", "statistics", "recency", "provenance", "permuted_labels", "judged_anew")
 _JSON_NAMES = {list: "list", dict: "JSON object"}
 _MARGIN = 0.005  # nats/token, where the summary does not say
 # A table compresses: a file of a few bytes may claim any number of rows.
@@ -144,6 +145,17 @@ class Tables:
     def baselines(self) -> list[str]:
         """Names of the models that the trained one is compared with."""
         return [m for m in self.models if m != self.trained]
+
+    @property
+    def roles(self) -> Roles:
+        """What each of them is to the trained model."""
+        known = {str(row.get("name", "")): row for row in self.summary.get("models", [])}
+        return Roles.of([{"name": name} | dict(known.get(name, {})) for name in self.models], self.trained)
+
+    @property
+    def against_baselines(self) -> pd.DataFrame:
+        """The contrasts with models whose routing was not trained, nulls left out."""
+        return self.contrasts[self.contrasts["baseline"].isin(self.roles.baselines)]
 
 
 def read_tables(folder: Path) -> Tables:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from attnres.probe.motifs import MOTIF_COLUMNS
 from attnres.probe.plotting import SUBLAYER_NAMES, number, plain
 from attnres.probe.report_tables import DISCOVERY, Tables
 
@@ -81,19 +82,16 @@ def headline(tables: Tables) -> list[str]:
     return lines
 
 
-def against(claim: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A claim's verdict against each baseline: empty where a claim has none, or a run is older than these."""
-    found = claim.get("against")
-    return found if isinstance(found, Mapping) else {}
+def motifs(tables: Tables) -> list[dict[str, Any]]:
+    """Rows of the summary's motifs: all of the trained model, and what stands out in the others."""
+    rows = [{name: row.get(name) for name in MOTIF_COLUMNS} for row in tables.summary["motifs"]]
+    return [row for row in rows if row["model"] == tables.trained or row["verdict"] in ("motif", "uncontrolled")]
 
 
-def _same_convention(tables: Tables) -> str:
-    """The baselines that see the sources as the trained model does, in words."""
-    seen = {m.get("name"): m.get("convention") for m in tables.summary["models"]}
-    baselines = [b for b in dict.fromkeys(tables.contrasts["baseline"]) if seen.get(b) is not None]
-    if seen.get(tables.trained) is None or not baselines:
-        return "see the table of models"
-    return ", ".join(b for b in baselines if seen[b] == seen[tables.trained]) or "none of these does"
+def compared(claim: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A claim's verdict by model, against one without trained routing or in one with; empty where it has none."""
+    found = [claim.get(key) for key in ("against", "recurs")]
+    return {name: verdict for part in found if isinstance(part, Mapping) for name, verdict in part.items()}
 
 
 def warnings(tables: Tables) -> list[str]:
@@ -101,15 +99,15 @@ def warnings(tables: Tables) -> list[str]:
     unverified checkpoint.
     """
     summary, found = tables.summary, []
-    clashes = disagreements(tables.contrasts)
+    clashes = disagreements(tables.against_baselines)
     if clashes:
-        shared = tables.contrasts["cell"].nunique()
+        shared = tables.against_baselines["cell"].nunique()
         name, verdicts = clashes[0]
         against = " and ".join(f"{_DECIDED[verdict]} {baseline}" for baseline, verdict in verdicts.items())
         found.append(
             f"The baselines disagree on {len(clashes)} of {shared} cells: for example, the trained effect of "
             f"{name} is {against}. What training added can only be read from a baseline that shares the "
-            f"trained model's source convention: {_same_convention(tables)}."
+            f"trained model's source convention: {', '.join(tables.roles.shared) or 'none of these does'}."
         )
     grid = summary.get("grid", {})
     if grid and not grid.get("complete", True):
@@ -145,7 +143,7 @@ def nats(value: Any) -> str:
 
 def interval(row: Mapping[str, Any], name: str) -> str:
     """The confidence interval of column `name`: signed for effects, plain for what cannot be negative."""
-    form = nats if name in ("dnll", "diff") else share
+    form = nats if name.endswith(("dnll", "diff")) else share
     return f"{form(row[f'{name}_lo'])}, {form(row[f'{name}_hi'])}"
 
 

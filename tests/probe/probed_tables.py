@@ -56,6 +56,15 @@ def measured(
     return pd.concat(effects, ignore_index=True), pd.concat(masses, ignore_index=True), pd.DataFrame(eligibility)
 
 
+def model_rows(names, **trainable):
+    """What a summary says of models; `trainable` is what was trained in a control, by name."""
+    return [
+        {"name": name, "convention": "cumulative" if name == "recency" else "block_sum"}
+        | ({"training": {"trainable": trainable[name]}} if name in trainable else {})
+        for name in names
+    ]
+
+
 def write_folder(folder: Path, effects, mass, eligibility, config=WHOLE, families=FAMILIES, **changed) -> Path:
     """The folder that a probe of these families leaves, without its report."""
     folder.mkdir(parents=True)
@@ -78,7 +87,8 @@ def write_folder(folder: Path, effects, mass, eligibility, config=WHOLE, familie
     effects.to_parquet(folder / "effects.parquet", index=False)
     mass.to_parquet(folder / "mass.parquet", index=False)
     eligibility.to_csv(folder / "eligibility.csv", index=False)
-    judged = judge(effects, mass, eligibility, config)
+    models = model_rows(mass["model"].unique())
+    judged = judge(effects, mass, eligibility, config, models)
     judged.write(folder)
     routing = {"model": "attnres", "read": 1, "layer": 0, "sublayer": "mlp", "source": [0, 1], "num_sources": 2}
     pd.DataFrame(routing | {"weight": 0.5, "analytic": 0.5, "role": ["embedding", "current"]}).to_csv(
@@ -86,8 +96,8 @@ def write_folder(folder: Path, effects, mass, eligibility, config=WHOLE, familie
     )
     summary = {
         "title": "t", "command": "python probe.py", "checks": [], "grid": {"candidate_cells": 24, "run_cells": 6},
-        "models": [{"name": name} for name in mass["model"].unique()], "statistics": asdict(config), "provenance": {},
+        "models": models, "statistics": asdict(config), "provenance": {},
         "recency": {}, "plan_notes": [], "preregistration": registered_as(folder / "preregistration.json"),
     }  # fmt: skip
-    write_json(folder / "summary.json", summary | findings(judged, effects, [], config))
+    write_json(folder / "summary.json", summary | findings(judged, effects, [], config, models))
     return folder

@@ -14,6 +14,13 @@ MODELS = {"attnres": "block_sum", "recency": "cumulative", "uniform": "block_sum
 PILOT, CONFIRM = 24, 64
 
 
+def _motif(model, cell, verdict, elsewhere, over_control, matched):
+    rows = {"elsewhere": elsewhere, "matched": over_control}
+    bounds = {f"{k}_diff{end}": v for k, v in rows.items() for end in ("", "_lo", "_hi")}
+    told = {"model": model, "cell": cell, "verdict": verdict, "matched": matched, "p_holm": 0.0023}
+    return bounds | told | {"effect_learned": "learned" if model == "attnres" else "", "mass_learned": ""}
+
+
 def num_sources(convention: str) -> list[int]:
     """Sources of each read: block_sum has no state at a block's first read, cumulative always has one."""
     counts, blocks, state = [], 0, False
@@ -219,6 +226,7 @@ def summary_table() -> dict:
             "kind": "trained" if name == "attnres" else "wrap",
             "parameters": 3_145_728,
             "convention": convention,
+            "routing_trained": name == "attnres",
             "layers": LAYERS,
             "blocks": 4,
             "step": 1200,
@@ -275,6 +283,13 @@ def summary_table() -> dict:
         "title": "AttnRes probe: attnres_small",
         "created": "2026-07-01T12:00:00+00:00",
         "models": models,
+        "motifs": [
+            _motif("attnres", "mask:embedding@mlp.early", "motif", 0.2, 0.15, "run"),
+            _motif("attnres", "mask:older@attn.late", "no motif", -0.01, None, "not run"),
+            _motif("uniform", "mask:current@mlp.early", "uncontrolled", 0.3, None, "not run"),
+            _motif("uniform", "mask:recent@mlp.early", "no motif", -0.1, None, "not run"),
+        ],
+        "permuted_labels": {"permutations": 40, "cells": 23, "found": 1, "rate": 0.025},
         "command": "python probe.py ckpt=runs/small-1a2b3c4d/checkpoints/step_00001200",
         "checks": checks,
         "grid": {

@@ -54,6 +54,25 @@ def test_recompute_refuses_what_was_not_preregistered(whole):
         read_measured(whole)
 
 
+def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):
+    told = (whole / "summary.json").read_text()
+    summary = json.loads(told)
+    summary["claims"], summary["models"][1]["training"] = [], {"trainable": "body"}
+    (whole / "summary.json").write_text(json.dumps(summary))
+    (whole / "motifs.csv").write_text("judged by another version")
+    out = tmp_path / "anew"
+    assert main([str(whole), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'report.html'}\n"
+    assert main([str(out)]) == 0
+    anew = json.loads((out / "summary.json").read_text())
+    assert anew["claims"] == json.loads(told)["claims"] and "recompute" in anew["judged_anew"]["command"]
+    assert anew["models"] == summary["models"]
+    for name in ("effects.parquet", "mass.parquet", "eligibility.csv", "preregistration.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert "The verdicts are of a later version" in (out / "report.html").read_text()
+    assert (whole / "motifs.csv").read_text() == "judged by another version"
+
+
 def test_combine_of_parts_is_the_whole_grid(tmp_path, whole):
     parts = [part(tmp_path, "embedding", "older"), part(tmp_path, "older", "current", "recent")]
     alone = pd.read_csv(parts[0] / "cells.csv")

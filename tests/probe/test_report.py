@@ -139,6 +139,7 @@ def test_report_sections_come_in_order_and_are_linked(drawn):
         "mass",
         "forest",
         "contrasts",
+        "motifs",
         "cells",
         "reading",
         "provenance",
@@ -466,6 +467,31 @@ def test_claims_have_a_column_for_each_baseline(folder, render):
     html, md = render(folder)
     assert "Against recency</th>" in html and "Against uniform</th>" in html
     assert re.search(r"\| a +\| reproduced +\| – +\| not reproduced +\|", md)
+
+
+def test_claims_of_a_control_with_trained_routing_stand_apart(folder, render):
+    rows = [
+        {"claim": "a", "verdict": "reproduced", "against": {"recency": "reproduced"}, "recurs": {"uniform": "null"}}
+    ]
+    models = json.loads((folder / "summary.json").read_text())["models"]
+    for row in models:
+        row["routing_trained"] = row["name"] != "recency"
+    change_summary(folder, claims=rows, models=models)
+    html, md = render(folder)
+    assert "Also in uniform</th>" in html and "Against recency</th>" in html
+    assert "also in uniform" in md and re.search(r"\| a +\| reproduced +\| reproduced +\| null +\|", md)
+    # A model that learned to route may do as the trained one does: no disagreement between baselines.
+    assert "The baselines disagree" not in md
+
+
+def test_report_shows_motifs_and_what_stands_out_in_other_models(drawn):
+    text = Page((drawn / "report.html").read_text(encoding="utf-8")).text
+    md = (drawn / "report.md").read_text(encoding="utf-8")
+    section = text[text.index("The trained model’s cells at bands") :]
+    section = section[: section.index("All cells")]
+    for told in ("mask:embedding@mlp.early", "mask:older@attn.late", "mask:current@mlp.early", "uncontrolled"):
+        assert told in section and told in md
+    assert "mask:recent@mlp.early" not in section and "in 1 of" in section
 
 
 def test_adjusted_p_says_which_correction_it_is():

@@ -133,6 +133,12 @@ def test_cells_are_sorted_and_filtered(browser, page):
     column = browser.evaluate(f"{visible}.map((r) => parseFloat(r.cells[3].dataset.v)).filter((v) => !isNaN(v))")
     assert column == sorted(column) and len(column) == 58
     assert browser.evaluate("document.querySelector('[aria-sort]').getAttribute('aria-sort')") == "ascending"
+    # Numbers that are shown as 1.2e−9 are sorted as numbers.
+    heads = "[...document.querySelectorAll('#cells-table th[scope=col]')]"
+    place = browser.evaluate(f"{heads}.findIndex((h) => h.textContent.startsWith('Displace'))")
+    browser.evaluate(f"{heads}[{place}].querySelector('button').click()")
+    column = browser.evaluate(f"{visible}.map((r) => parseFloat(r.cells[{place}].dataset.v)).filter((v) => !isNaN(v))")
+    assert column == sorted(column) and len(column) == 58
     browser.evaluate("""(() => { const s = document.getElementById('cells-verdict'); s.value = 'excluded';
         s.dispatchEvent(new Event('change')); })()""")
     assert browser.evaluate(f"{visible}.length") == 14

@@ -1,0 +1,60 @@
+"""What the models of a probe are to its trained one, from what `summary.json` says of each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attnres.model.loading import SCHEDULES
+from attnres.probe.nulls import NULLS
+
+TRAINED = "attnres"
+# The wrap that may share the source convention of a trained model.
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names of the other models, in the order in which they were probed.
+
+    Attributes:
+        baselines: routing was not trained: wraps, and controls of which only the body was. What routing learned must
+            exceed what is found in them.
+        nulls: models in which nothing was trained, or whose routing was taken apart.
+        trained_too: controls whose routing was trained as well. What routing learned may recur in them.
+        shared: those baselines that see the sources as the trained model does.
+    """
+
+    baselines: tuple[str, ...]
+    nulls: tuple[str, ...]
+    trained_too: tuple[str, ...]
+    shared: tuple[str, ...]
+
+    @classmethod
+    def of(cls, models: Sequence[Mapping[str, Any]], trained: str = TRAINED) -> "Roles":
+        """The roles of `models`: rows of a summary, with `name`, `convention` and `routing_trained`.
+
+        Where a row does not say the last, as in summaries of older versions, the name of a wrap and the configuration
+        of a control's training do.
+        """
+        others = {str(row["name"]): row for row in models if row["name"] != trained}
+        mine = next((row.get("convention") for row in models if row["name"] == trained), None)
+        nulls = tuple(name for name in others if name in NULLS)
+        baselines = tuple(name for name, row in others.items() if name not in nulls and not _routing_trained(row))
+        return cls(
+            baselines,
+            nulls,
+            tuple(name for name in others if name not in (*baselines, *nulls)),
+            tuple(name for name in baselines if others[name].get("convention") == mine),
+        )
+
+    @property
+    def uniform(self) -> str | None:
+        """The baseline that decides what was learned: the uniform wrap, if it shares the source convention."""
+        return UNIFORM if UNIFORM in self.shared else None
+
+
+def _routing_trained(row: Mapping[str, Any]) -> bool:
+    told = row.get("routing_trained")
+    if told is None:
+        return row["name"] not in SCHEDULES and (row.get("training") or {}).get("trainable") != "body"
+    return bool(told)
