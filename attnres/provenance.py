@@ -1,5 +1,6 @@
 """Where a result came from: code, versions, hardware, seeds and the command. Nothing secret."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -42,6 +43,14 @@ def git_state() -> dict[str, Any]:
         return {"sha": None, "dirty": None}
     status = _git(here, "status", "--porcelain", "--untracked-files=no")
     return {"sha": sha, "dirty": None if status is None else bool(status)}
+
+
+def source_digest() -> str:
+    """sha256 over the modules of this package, in the order of their paths: the code that runs, committed or not."""
+    here, found = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        found.update(f"{path.relative_to(here)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def versions() -> dict[str, str | None]:

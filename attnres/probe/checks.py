@@ -1,5 +1,6 @@
 """What must hold before a result is believed. A failure stops the probe with exit code 5."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +12,13 @@ from attnres.errors import NumericsError
 from attnres.model.families import BANDS, SUBLAYERS
 from attnres.model.loading import schedule_weights
 from attnres.model.state import Trace
-from attnres.probe.interventions import Intervention
-from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited
+from attnres.probe.interventions import CLEAN, Intervention, Spec
+from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited, run_from, run_rows
 
 SCHEDULE_LIMIT = 1e-6
 LOGITS_LIMIT = 1e-5
+# Nats/token: rows at other places of a batch may be rounded otherwise.
+EFFECT_LIMIT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ def _bounded(name: str, model: str, value: float, limit: float, detail: str) -> 
 
 
 @torch.no_grad()
-def check_subject(subject: Subject, vanilla: Qwen3ForCausalLM | None, ids: Tensor, labels: Tensor) -> list[Check]:
+def check_subject(
+    subject: Subject, vanilla: Qwen3ForCausalLM | None, ids: Tensor, labels: Tensor, specs: Sequence[Spec] = ()
+) -> list[Check]:
     """All checks of one model on a few windows.
 
     Args:
@@ -47,10 +52,11 @@ def check_subject(subject: Subject, vanilla: Qwen3ForCausalLM | None, ids: Tenso
         vanilla: the unwrapped model of a wrapped baseline.
         ids: `[B, T]`.
         labels: `[B, T]`.
+        specs: the grid; the check of doing nothing resumes from every layer where one of these starts.
     """
     plan = subject.plan
     noops = [Intervention("noop", None, sublayer, band) for sublayer in SUBLAYERS for band in BANDS]
-    starts = sorted({first_layer(item, plan) for item in noops})
+    starts = sorted({first_layer(item, plan) for item in (*noops, *specs)})
     traces: list[Trace] = []
     clean = run_clean(subject.model, ids, labels, starts, traces.append)
     fast = subject.model(ids, use_cache=False).logits
@@ -64,6 +70,7 @@ def check_subject(subject: Subject, vanilla: Qwen3ForCausalLM | None, ids: Tenso
             "largest difference of logits, over the largest logit",
         ),
         _noop(subject, clean, noops),
+        _packed_noop(subject, clean, noops[0]),
         _duplicates(subject, traces),
     ]
     if subject.schedule is not None:
@@ -75,8 +82,19 @@ def check_subject(subject: Subject, vanilla: Qwen3ForCausalLM | None, ids: Tenso
 
 def _noop(subject: Subject, clean: Clean, noops: list[Intervention]) -> Check:
     different = [item.id for item in noops if not torch.equal(run_edited(subject.model, clean, item), clean.logits)]
-    detail = "resumed from every start of the grid" if not different else f"differs: {', '.join(different)}"
+    for start in clean.states:
+        if not torch.equal(run_from(subject.model, clean, start, CLEAN), clean.logits):
+            different.append(f"from layer {start}")
+    detail = f"differs: {', '.join(different)}" if different else "every band, and resumed from every start of the grid"
     return Check("noop is bitwise the clean run", subject.name, not different, float(len(different)), 0.0, detail)
+
+
+def _packed_noop(subject: Subject, clean: Clean, noop: Intervention) -> Check:
+    """Cells that share a pass are compared with the clean rows beside them: there, nothing must do nothing as well."""
+    effects = run_rows(subject.model, clean, [noop, noop])
+    worst = max(float(value.abs().max()) for effect in effects for value in effect)
+    detail = "largest effect of two rows that are not edited, against the clean rows of their pass"
+    return _bounded("noop has no effect in a shared pass", subject.name, worst, EFFECT_LIMIT, detail)
 
 
 def _duplicates(subject: Subject, traces: list[Trace]) -> Check:

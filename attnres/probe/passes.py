@@ -9,7 +9,7 @@ from torch import Tensor
 from attnres.model.families import place_reads
 from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
 from attnres.model.plan import DepthPlan
-from attnres.model.state import DepthState, Trace
+from attnres.model.state import DepthState, Edit, Trace
 from attnres.ops import PreparedBlock
 from attnres.probe.edits import CLEAN, RowsEdit
 from attnres.probe.interventions import NOTHING, Materials, Spec
@@ -92,10 +92,13 @@ def run_clean(
 
 def run_edited(model: Qwen3AttnResForCausalLM, clean: Clean, spec: Spec, materials: Materials = NOTHING) -> Tensor:
     """Logits `[B, T, V]` under an intervention, from the clean state at its first layer."""
-    decoder = model.model
-    context = replace(clean.context, edit=spec.edit(decoder.plan, materials))
-    start = first_layer(spec, decoder.plan)
-    return _onward(model, clean.states[start], start, context)
+    plan = model.model.plan
+    return run_from(model, clean, first_layer(spec, plan), spec.edit(plan, materials))
+
+
+def run_from(model: Qwen3AttnResForCausalLM, clean: Clean, start: int, edit: Edit) -> Tensor:
+    """Logits `[B, T, V]` from the clean state in front of layer `start`; bitwise the clean ones if none is edited."""
+    return _onward(model, clean.states[start], start, replace(clean.context, edit=edit))
 
 
 def run_rows(

@@ -94,6 +94,13 @@ def compared(claim: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: verdict for part in found if isinstance(part, Mapping) for name, verdict in part.items()}
 
 
+def _inside(value: Any, *keys: str) -> Any:
+    """What lies under these keys of nested objects; None where one of them is no object or lacks the key."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def warnings(tables: Tables) -> list[str]:
     """What a reader must know before any number: baselines that disagree, a partial grid, a failed check, an
     unverified checkpoint.
@@ -126,6 +133,14 @@ def warnings(tables: Tables) -> list[str]:
             found.append(
                 f"The checkpoint of {model.get('name', '?')} ({model.get('path', '?')}) was loaded "
                 "unverified: it has no manifest of hashes, so nothing shows that its files are those saved."
+            )
+    base = _inside(summary, "provenance", "hashes", "baseline")
+    for model in summary.get("models", []):
+        began = _inside(model, "training", "init", "digest")
+        if None not in (began, base) and began != base:
+            found.append(
+                f"{model.get('name', '?')} began from other weights than those of the vanilla baseline "
+                f"({began} against {base}): it is no control of the same base."
             )
     seen = set()
     for table in (tables.effects, tables.mass):

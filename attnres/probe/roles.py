@@ -55,6 +55,8 @@ class Roles:
 
 def _routing_trained(row: Mapping[str, Any]) -> bool:
     told = row.get("routing_trained")
-    if told is None:
-        return row["name"] not in SCHEDULES and (row.get("training") or {}).get("trainable") != "body"
-    return bool(told)
+    if told is not None:
+        return bool(told)
+    training = row.get("training")
+    body_only = isinstance(training, Mapping) and training.get("trainable") == "body"
+    return row["name"] not in SCHEDULES and not body_only

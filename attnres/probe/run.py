@@ -44,7 +44,7 @@ from attnres.probe.runner import (
 from attnres.probe.stopping import StopSignals, lock
 from attnres.probe.subjects import further_subjects, locate_controls
 from attnres.probe.viewer import write_viewer
-from attnres.provenance import collect
+from attnres.provenance import collect, source_digest
 from attnres.run_folder import refuse_links, refuse_unsafe_loading
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,10 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
     chosen, whole = (make(config.probe, trained.model.plan) for make in (candidates, whole_grid))
     with _only_probe_in(folder, ranks), _out_of_memory():
         ids, labels = (tensor[:CHECK_WINDOWS].to(trained.device) for tensor in _checked(windows))
-        checks = [check for subject in subjects for check in check_subject(subject, vanilla, ids, labels)]
+        checks = []
+        for subject in subjects:
+            eligible = [spec for spec in chosen if spec.cell(subject.plan).eligible]
+            checks += check_subject(subject, vanilla, ids, labels, eligible)
         require_passed(checks)
         faults.point("probe.checked")
         if ranks.rank == 0:
@@ -137,7 +140,7 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
         provenance = collect(command, {"probe": config.probe.seed, "statistics": statistics.seed}, hashes)
         located = (trained_at, baseline_at)
         setting = Setting(config.probe, statistics, subjects, located, windows, checks, provenance, further)
-        code = [provenance["versions"], provenance["git"]["sha"], device.type]
+        code = [provenance["versions"], source_digest(), device.type]
         measured_on = [to_plain(config.probe), hashes, code]
         parts_folder = folder / PARTS / digest(measured_on)
         with _storage_errors(folder):

@@ -378,7 +378,7 @@ def contrast_table(
         equivalent = table["tost_p"] <= config.alpha
         table["verdict"] = np.where(equivalent, "equivalent", _larger(table, "diff", "p", config.alpha))
         if mass is not None:
-            equal = table["mass_p"] == 1.0
+            equal = (table[["mass_diff", "mass_diff_lo", "mass_diff_hi"]] == 0).all(axis=1)  # in every document
             larger = _larger(table, "mass_diff", "mass_p", config.alpha)
             table["mass_verdict"] = np.select([table["mass_p"].isna(), equal], ["", "equal"], larger)
         tables.append(table)

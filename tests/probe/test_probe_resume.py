@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
+from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM, provenance
 from attnres.data import ProbeWindows
 from attnres.errors import ConfigError, StorageError
 from attnres.probe import runner
@@ -206,6 +206,18 @@ def test_what_a_text_or_a_model_makes_impossible_is_an_excluded_row(subject):
     assert table.loc["matched:embedding@mlp.late", "eligible"] and table.loc["mean@read4", "eligible"]
     without = eligibility_table(subject, specs).set_index("cell")
     assert set(without.index[without["eligible"]]) == {"mask:embedding@mlp.late", "mask:current@attn.layer2"}
+
+
+def test_source_digest_sees_code_that_was_not_committed(tmp_path, monkeypatch):
+    (tmp_path / "probe").mkdir()
+    for name in ("provenance.py", "probe/runner.py", "probe/notes.md"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    before = provenance.source_digest()
+    (tmp_path / "probe/notes.md").write_text("2")
+    assert provenance.source_digest() == before
+    (tmp_path / "probe/runner.py").write_text("2")
+    assert provenance.source_digest() != before
 
 
 def test_second_probe_in_a_folder_is_refused(tmp_path):

@@ -12,9 +12,10 @@ from attnres.data import ProbeWindows
 from attnres.errors import NumericsError
 from attnres.model.families import SUBLAYERS, family_indices, grid
 from attnres.model.plan import CONVENTIONS
+from attnres.probe import checks
 from attnres.probe.checks import check_subject, require_passed
-from attnres.probe.interventions import Intervention
-from attnres.probe.measure import measure_mass
+from attnres.probe.interventions import Intervention, parse
+from attnres.probe.measure import Effects, measure_mass
 from attnres.probe.passes import Subject, run_clean, run_edited
 from attnres.probe.runner import eligibility_table, run_grid
 
@@ -127,16 +128,38 @@ def wrapped(schedule: str) -> tuple[Subject, Qwen3ForCausalLM]:
 @pytest.mark.parametrize("schedule", ["recency", "uniform"])
 def test_checks_pass_on_wraps(schedule):
     subject, base = wrapped(schedule)
-    checks = check_subject(subject, base, windows().input_ids, windows().labels)
-    require_passed(checks)
-    assert len(checks) == 5
+    found = check_subject(subject, base, windows().input_ids, windows().labels)
+    require_passed(found)
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_checks_pass_on_every_convention(convention):
-    checks = check_subject(Subject("attnres", attnres(convention)), None, windows().input_ids, windows().labels)
-    require_passed(checks)
-    assert len(checks) == 3
+    found = check_subject(Subject("attnres", attnres(convention)), None, windows().input_ids, windows().labels)
+    require_passed(found)
+    assert len(found) == 4
+
+
+def test_noop_is_checked_from_every_start_of_the_grid_and_in_a_shared_pass(monkeypatch):
+    subject = Subject("attnres", attnres("block_sum"))
+    specs = [parse(f"mask:embedding@mlp.layer{layer}") for layer in (1, 4)]
+
+    def failed(specs=()):
+        found = check_subject(subject, None, windows().input_ids, windows().labels, specs)
+        return {check.name: check.detail for check in found if not check.passed}
+
+    assert failed(specs) == {}
+    original = checks.run_from
+
+    def run_from(model, clean, start, edit):
+        return original(model, clean, start, edit) + (start == 4)
+
+    monkeypatch.setattr(checks, "run_from", run_from)
+    assert failed(specs) == {"noop is bitwise the clean run": "differs: from layer 4"}
+    monkeypatch.setattr(checks, "run_from", original)
+    shared = checks.run_rows
+    monkeypatch.setattr(checks, "run_rows", lambda *a: [shared(*a)[0], Effects(*(v + 1e-3 for v in shared(*a)[1]))])
+    assert list(failed()) == ["noop has no effect in a shared pass"]
 
 
 @pytest.mark.parametrize("schedule", ["recency", "uniform"])
@@ -144,9 +167,8 @@ def test_checks_fail_when_a_query_is_not_zeroed(schedule):
     subject, base = wrapped(schedule)
     with torch.no_grad():
         subject.model.model.layers[3].mlp_res_proj.weight.normal_(std=0.02)
-    checks = check_subject(subject, base, windows().input_ids, windows().labels)
     with pytest.raises(NumericsError, match="content-independent"):
-        require_passed(checks)
+        require_passed(check_subject(subject, base, windows().input_ids, windows().labels))
 
 
 def test_checks_fail_when_the_wrap_is_another_model():

@@ -254,6 +254,8 @@ def test_report_warns_of_unverified_checkpoints_failed_checks_and_unpaired_windo
     summary = json.loads((folder / "summary.json").read_text())
     summary["models"][0]["verified"] = False
     summary["checks"][0]["passed"] = False
+    summary["models"][2]["training"] = {"init": {"digest": "other"}}
+    summary["provenance"]["hashes"] = {"baseline": "base"}
     change_summary(folder, **summary)
     effects = pd.read_parquet(folder / "effects.parquet")
     effects[(effects["model"] != "uniform") | (effects["window"] > 3)].to_parquet(folder / "effects.parquet")
@@ -261,6 +263,7 @@ def test_report_warns_of_unverified_checkpoints_failed_checks_and_unpaired_windo
     for text in (Page(html).text, md):
         assert "The checkpoint of attnres (runs/small-1a2b3c4d/attnres) was loaded unverified" in text
         assert "1 check(s) failed: schedule (recency)" in text
+        assert "uniform began from other weights than those of the vanilla baseline (other against base)" in text
         assert "not probed on the same windows" in text
 
 

@@ -270,6 +270,10 @@ def test_contrast_table_judges_mass_apart_from_effect():
     assert table.loc["older", "mass_verdict"] == "trained larger"
     assert table.loc["older", "mass_diff"] == pytest.approx(0.1)
     assert set(table.loc["embedding", "mass_verdict"]) == {"equal"}
+    # Differences that cancel exactly have p = 1 and are differences all the same.
+    swing = np.where(mass["document"] % 2, 0.1, -0.1) * ((mass["model"] == "attnres") & (mass["family"] == "older"))
+    table = contrast_table(effects, eligibility, QUICK, mass=mass.assign(mass=mass["mass"] + swing)).set_index("family")
+    assert table.loc["older", "mass_p"] == 1.0 and table.loc["older", "mass_verdict"] == "inconclusive"
 
 
 def test_tables_read_one_split():
