@@ -110,6 +110,15 @@ def test_probe_twice_gives_the_same_tables_also_when_it_is_stopped_and_resumed(t
     assert (probed / "preregistration.json").read_bytes() == registered
 
 
+def test_probe_shared_by_two_processes_gives_the_same_tables(trained, probed):
+    settings = PROBE.replace("runs_dir={tmp}/runs", "runs_dir={tmp}/shared")
+    done = run_warm(trained, "probe.py", settings, "device=cpu", "devices=2")
+    (folder,) = (trained / "shared").glob("probe_*")
+    assert done.stdout.strip().splitlines()[-1] == str(folder / "report.html")
+    for name in ("effects.csv", "mass.parquet", "routing.csv", "cells.csv", "motifs.csv"):
+        assert (folder / name).read_bytes() == (probed / name).read_bytes(), name
+
+
 def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(trained, probed):
     run_warm(trained, "probe.py", "-m " + PROBE, "probe.families=embedding,older")
     parts = sorted(set((trained / "runs").glob("probe_*/summary.json")) - {probed / "summary.json"})
