@@ -2,9 +2,9 @@
 
     python scripts/replication_record.py replication results/DATE_small_replication --seeds 0
 
-Per seed: settings and curves of the runs, tables and report of the probe, and `digests.txt` of what
-must come out again on the same machine, Python, torch and thread count: the last weights of each run, and the tables.
-Run it on another copy of a seed and compare the two `digests.txt`.
+Per seed: settings and curves of the runs; what the probe measured, judged by this version of the code; the report of
+the first seed; and `digests.txt` of what must come out again on the same machine, Python, torch and thread count: the
+last weights of each run, and the tables. Run it on another copy of a seed and compare the two `digests.txt`.
 """
 
 import argparse
@@ -12,13 +12,15 @@ import json
 import shutil
 from pathlib import Path
 
+from attnres.probe.recompute import judge_anew, read_measured
+from attnres.probe.report import write_report
 from attnres.run_folder import COMPLETE, MANIFEST, sha256_of
 
 ARMS = ("attnres_small", "vanilla_small", "same_base_frozen", "same_base_full")
 OF_A_RUN = ("config.yaml", "metrics.csv", "routing.csv", "provenance.json", COMPLETE)
 MEASURED = ("effects.parquet", "mass.parquet", "eligibility.csv")
 JUDGED = ("cells.csv", "contrasts.csv", "dissociation.csv", "motifs.csv", "routing.csv", "spearman.csv")
-TOLD = ("preregistration.json", "summary.json", "report.html", "report.md", "viewer.json")
+LEFT_OUT = ("effects.csv", "figures", "report.html")  # the parquet holds the first, the report the others
 
 
 def only(seed: Path, pattern: str, last_file: str) -> Path:
@@ -36,7 +38,7 @@ def copy(names: tuple[str, ...], source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def record(seed: Path, out: Path) -> None:
+def record(seed: Path, out: Path, with_page: bool) -> None:
     # Found before anything is written.
     runs = {arm: only(seed, f"{arm}-*", COMPLETE) for arm in ARMS}
     probe = only(seed, "probe_attnres_small-*", "report.html")
@@ -46,9 +48,13 @@ def record(seed: Path, out: Path) -> None:
         last = run / json.loads((run / COMPLETE).read_text())["checkpoint"]
         files = json.loads((last / MANIFEST).read_text())["files"]
         digests.append(f"{files['model/model.safetensors']['sha256']}  {arm}/{last.name}/model.safetensors")
-    copy((*MEASURED, *JUDGED, *TOLD), probe, out / "probe")
+    judge_anew(read_measured(probe), out / "probe")
+    write_report(out / "probe")
+    for name in LEFT_OUT[: 2 if with_page else 3]:
+        path = out / "probe" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (*MEASURED, *JUDGED):
-        digests.append(f"{sha256_of(probe / name)}  probe/{name}")
+        digests.append(f"{sha256_of(out / 'probe' / name)}  probe/{name}")
     (out / "digests.txt").write_text("\n".join(digests) + "\n")
 
 
@@ -60,7 +66,7 @@ def main() -> None:
     given = parser.parse_args()
     for seed in given.seeds:
         name = f"seed{seed}"
-        record(given.folder / name, given.out / name)
+        record(given.folder / name, given.out / name, with_page=seed == given.seeds[0])
         print(given.out / name)
 
 

@@ -176,6 +176,10 @@ def _motif_claims(
     return rows
 
 
+def _motifs(found: list[str], uncontrolled: list[str]) -> str:
+    return f"{len(found)} motif{'' if len(found) == 1 else 's'} (and {len(uncontrolled)} without a matched control)"
+
+
 def _training_claim(contrasts: pd.DataFrame, motifs: pd.DataFrame, roles: Roles) -> Claim:
     """Structured routing emerges only when routing was trained: motifs here, larger than in a baseline, none there."""
 
@@ -201,16 +205,13 @@ def _training_claim(contrasts: pd.DataFrame, motifs: pd.DataFrame, roles: Roles)
         else:
             decided = (rows["verdict"] != INCONCLUSIVE).all()
             comparison = NOT_REPRODUCED if decided and len(rows) else INCONCLUSIVE
-        told.append(
-            f"{name} has {len(found)} motifs of its own ({len(possible)} more without a matched control) and a smaller "
-            f"effect in {len(larger)} of these"
-        )
+        told.append(f"{name}: {_motifs(found, possible)}, and a smaller effect in {len(larger)} of the trained model's")
         against[name] = _both(ours, comparison)
     recurs = {}
     for name in roles.trained_too:
         again = [cell for cell in cells(name, "motif") if cell in mine]
         recurs[name] = NOT_TESTED if not mine else REPRODUCED if again else INCONCLUSIVE
-        told.append(f"{name}, whose routing was trained too, has {len(again)} of these motifs")
+        told.append(f"{name}, whose routing was trained too, has {len(again)} of the trained model's")
     verdicts = [against[name] for name in roles.shared]
     if ours != REPRODUCED:
         verdict = ours
@@ -223,11 +224,7 @@ def _training_claim(contrasts: pd.DataFrame, motifs: pd.DataFrame, roles: Roles)
         verdict = REPRODUCED if all(v == REPRODUCED for v in verdicts) else INCONCLUSIVE
     decided = {against[name] for name in roles.baselines} & {REPRODUCED, NOT_REPRODUCED}
     evidence = ("the baselines disagree; " if len(decided) > 1 else "") + "; ".join(
-        [
-            f"{len(mine)} motifs in the trained model ({', '.join(mine) or 'none'}), "
-            f"{len(uncontrolled)} more without a matched control",
-            *told,
-        ]
+        [f"trained: {_motifs(mine, uncontrolled)} ({', '.join(mine) or 'none'})", *told]
     )
     test = (
         "motifs over the whole grid (Holm) in the trained model; none in a model without trained routing, and a larger "
