@@ -86,6 +86,9 @@ def _check(measured: Measured) -> None:
             rows = drawn[drawn["split"] == split]
             if len(rows) and windows_digest(rows["window"].tolist(), rows["document"].tolist()) != expected:
                 raise DataError(f"{folder}: {name} of split {split!r} are not of the windows that were preregistered")
+    models = measured.summary.get("models")
+    if not (isinstance(models, list) and all(isinstance(row, dict) and "name" in row for row in models)):
+        raise DataError(f"{folder / 'summary.json'} does not name its models: {_AGAIN}")
     unknown = set(measured.effects["cell"]) - set(registered["cells"])
     if unknown:
         raise DataError(f"{folder}: effects of {min(unknown)}, which was not preregistered")
@@ -114,10 +117,13 @@ def judge_anew(measured: Measured, out: Path) -> None:
     Raises:
         StorageError: `out` cannot be written.
     """
-    models = measured.summary["models"]
-    judged = judge(measured.effects, measured.mass, measured.eligibility, measured.statistics, models)
+    judged, _ = recompute(measured)
     summary = dict(measured.summary) | findings(
-        judged, measured.effects, measured.summary.get("checks", []), measured.statistics, models
+        judged,
+        measured.effects,
+        measured.summary.get("checks", []),
+        measured.statistics,
+        measured.summary["models"],
     )
     git = git_state()
     summary["judged_anew"] = {"command": f"python -m attnres.probe.recompute {measured.folder} --out {out}", "git": git}

@@ -54,6 +54,12 @@ def test_recompute_refuses_what_was_not_preregistered(whole):
         read_measured(whole)
 
 
+def test_recompute_refuses_a_summary_without_models(whole):
+    (whole / "summary.json").write_text('{"models": [{"kind": "wrap"}]}')
+    with pytest.raises(DataError, match="does not name its models"):
+        read_measured(whole)
+
+
 def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):
     told = (whole / "summary.json").read_text()
     summary = json.loads(told)
