@@ -92,26 +92,32 @@ def spearman_table(
     rows = []
     for model, (cells, values) in _measured(effects, mass, eligibility, split, intervention).items():
         documents = len(values["dnll"])
-        rng = np.random.default_rng([config.seed, _BOOTSTRAP_STREAM])
-        resamples = rng.multinomial(documents, np.full(documents, 1 / documents), size=config.bootstrap)
+        resamples = document_resamples(documents, config)
         for sublayer in [*cells["sublayer"].unique(), _ALL]:
             chosen = np.ones(len(cells), dtype=bool) if sublayer == _ALL else (cells["sublayer"] == sublayer).to_numpy()
             of_metric = {
-                metric: _spearman(values["dnll"][:, chosen], values[metric][:, chosen], resamples) for metric in METRICS
+                metric: bootstrapped_spearman(values["dnll"][:, chosen], values[metric][:, chosen], resamples)
+                for metric in METRICS
             }
             for metric, rho in of_metric.items():
                 low, high = _percentiles(rho, config.alpha)
                 row = (model, sublayer, metric, int(chosen.sum()), documents, rho[0], low, high, bool(low > 0))
                 over = rho - of_metric["mass"]
-                rows.append(row + ((np.nan,) * 4 if metric == "mass" else _difference(over, config.alpha)))
+                rows.append(row + ((np.nan,) * 4 if metric == "mass" else percentile_test(over, config.alpha)))
     return pd.DataFrame(rows, columns=SPEARMAN_COLUMNS)
 
 
-def _spearman(effect: Floats, metric: Floats, resamples: np.ndarray) -> Floats:
+def document_resamples(documents: int, config: StatisticsConfig) -> np.ndarray:
+    """How often each document is drawn in each resample: [resamples, documents]."""
+    rng = np.random.default_rng([config.seed, _BOOTSTRAP_STREAM])
+    return rng.multinomial(documents, np.full(documents, 1 / documents), size=config.bootstrap)
+
+
+def bootstrapped_spearman(effect: Floats, metric: Floats, resamples: np.ndarray) -> Floats:
     """Spearman of the means of two [documents, cells]: first of all documents, then of each resample.
 
-    `resamples` [resamples, documents] counts how often each document is drawn. NaN where one side does not vary, and
-    everywhere with fewer than three cells.
+    `resamples` is what `document_resamples` gives. NaN where one side does not vary, and everywhere with fewer than
+    three cells.
     """
     documents, cells = effect.shape
     if cells < 3:
@@ -136,8 +142,11 @@ def _percentiles(values: Floats, alpha: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _difference(values: Floats, alpha: float) -> tuple[float, float, float, float]:
-    """A difference of correlations, its percentile interval, and the p of no difference that inverts it."""
+def percentile_test(values: Floats, alpha: float) -> tuple[float, float, float, float]:
+    """A difference of correlations, its percentile interval, and the p of no difference that inverts it.
+
+    `values` are the observed difference and its resamples, as `bootstrapped_spearman` orders them.
+    """
     low, high = _percentiles(values, alpha)
     resampled = values[1:][np.isfinite(values[1:])]
     if not np.isfinite(low):

@@ -98,6 +98,11 @@ def motif_table(
     return table
 
 
+def less_elsewhere(effects: Floats, cell: int) -> Floats:
+    """By document, the effect of a cell less the mean of its family's others: [documents] from [documents, cells]."""
+    return effects[:, cell] - np.delete(effects, cell, axis=1).mean(axis=1)
+
+
 def motif_verdicts(table: pd.DataFrame, p_adjusted: pd.Series, alpha: float) -> np.ndarray:
     """Verdicts of rows of a motif table, given p as corrected."""
     stands_out = table["causal"].astype(bool) & (p_adjusted <= alpha)
@@ -114,9 +119,9 @@ def _compared(
 ) -> tuple[dict[str, object], Floats, Floats]:
     """A cell's coordinates, and by document its effect less its family's elsewhere, and less its control's."""
     missing = np.full(len(dnll), np.nan)
-    others = rows.loc[(rows["family"] == row.family) & (rows["cell"] != row.cell), "cell"]
-    effect = dnll[row.cell].to_numpy()
-    elsewhere = effect - dnll[list(others)].to_numpy().mean(axis=1) if len(others) else missing
+    family = list(rows.loc[rows["family"] == row.family, "cell"])
+    effect, others = dnll[row.cell].to_numpy(), len(family) - 1
+    elsewhere = less_elsewhere(dnll[family].to_numpy(), family.index(row.cell)) if others else missing
     key = (row.model, row.family, row.sublayer, row.band)
     matched, told = missing, "not run"
     if key in controls.index:
@@ -128,7 +133,7 @@ def _compared(
     causal = row.verdict == "causal" and row.dnll > 0
     ruled_out = row.verdict == "null" or row.dnll_hi < 0
     return (
-        found | {"causal": causal, "ruled_out": ruled_out, "others": len(others), "matched": told},
+        found | {"causal": causal, "ruled_out": ruled_out, "others": others, "matched": told},
         elsewhere,
         matched,
     )
@@ -188,9 +193,7 @@ def permutation_null(
         for places in groups:
             centred = dnll[:, places] - dnll[:, places].mean(axis=1, keepdims=True)
             dealt[:, places] = rng.permuted(centred, axis=1)
-        differences = np.concatenate(
-            [(dealt[:, f] * len(f) - dealt[:, f].sum(axis=1, keepdims=True)) / (len(f) - 1) for f in families], axis=1
-        )
+        differences = np.stack([less_elsewhere(dealt[:, f], k) for f in families for k in range(len(f))], axis=1)
         p = sign_flip_p(differences, config.sign_flips, config.seed, "greater")
         found += int(adjust_p(p, len(p)).min() <= config.alpha)
     return {"permutations": permutations, "cells": len(rows), "found": found, "rate": found / permutations}

@@ -29,7 +29,14 @@ from scipy import stats
 
 from attnres.config import to_plain
 from attnres.errors import NumericsError
-from attnres.probe.dissociation import paired_differences, pick_cells
+from attnres.probe.dissociation import (
+    METRICS,
+    bootstrapped_spearman,
+    document_resamples,
+    paired_differences,
+    percentile_test,
+    pick_cells,
+)
 from attnres.probe.inference import (
     Floats,
     StatisticsConfig,
@@ -39,6 +46,7 @@ from attnres.probe.inference import (
     margin_tests,
     sign_flip_p,
 )
+from attnres.probe.motifs import less_elsewhere
 from attnres.provenance import write_json, write_text
 
 Kind = Literal["error", "power", "shown"]
@@ -46,7 +54,7 @@ Outcomes = NDArray[np.bool_]
 Outcome = Callable[[np.random.Generator, int, StatisticsConfig], Outcomes]
 
 ERROR_LIMIT, POWER_LIMIT, CONFIDENCE = 0.06, 0.9, 0.99
-CELLS, SUBLAYER_CELLS = 24, 12
+CELLS, SUBLAYER_CELLS, FAMILY_CELLS = 24, 12, 6
 _SEED = 2026
 _DEFAULTS = StatisticsConfig()
 # Wide enough that equivalence, which is judged first, cannot hide a false positive.
@@ -54,6 +62,7 @@ _WIDE, _NARROW = 0.5, 0.02  # nats/token, standard deviation over documents
 # See `flip_p`: Holm over a grid decides near .05 / 24, over two sublayer types up to .05.
 _GRID_STAGES = ((99, 0.06), (999, 0.01))
 _PAIR_STAGES = ((299, 0.1),)
+_FEW_RESAMPLES = 999  # of the percentile tests, which the level does not feel
 _SKETCH = 40
 
 
@@ -149,6 +158,7 @@ def flip_p(
     config: StatisticsConfig,
     stages: Sequence[tuple[int, float]],
     alternative: Literal["two-sided", "greater"] = "two-sided",
+    also: Floats | None = None,
 ) -> Floats:
     """`sign_flip_p` with all of the flips where fewer do not yet show that p is too large to matter.
 
@@ -158,12 +168,15 @@ def flip_p(
         stages: (flips, limit): columns whose p from these flips is at most the limit go on to the next stage. Limits
             have to be several standard errors above the p at which decisions fall.
         alternative: as in `sign_flip_p`.
+        also: of the same shape; p is then the larger of the two (an intersection-union test).
     """
     p = np.ones(values.shape[1])
     near = np.arange(values.shape[1])
     for flips, limit in (*stages, (config.sign_flips, 0.0)):
         if len(near):
             p[near] = sign_flip_p(values[:, near], flips, config.seed, alternative)
+            if also is not None:
+                p[near] = np.maximum(p[near], sign_flip_p(also[:, near], flips, config.seed, alternative))
             near = near[p[near] <= limit]
     return p
 
@@ -280,6 +293,78 @@ def dissociation(draw: Draw, documents: int, pilot: int = 128, effect: float = 0
     return outcomes
 
 
+def motif(draw: Draw, documents: int, where: Literal["alike", "controlled", "planted"]) -> Outcome:
+    """Any motif in a grid whose cells are all causal beyond doubt; with `where="planted"`, the planted one.
+
+    Where the cells are "alike", none exceeds its family elsewhere, and no control does anything; "controlled": one of
+    each family exceeds it by far, and its control does as much; "planted": one exceeds both by d = 0.2. Cell and
+    control share half of the variance of a document.
+    """
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        shape = (documents, replicates, CELLS)
+        shared = np.sqrt(0.5) * draw(rng, (documents, replicates, 1))
+        effects, controls = (shared + np.sqrt(0.5) * draw(rng, shape) for _ in range(2))
+        effects += 2.0
+        controls += {"alike": 0.0, "controlled": 2.0, "planted": 2.0}[where]
+        if where == "controlled":
+            effects[:, :, ::FAMILY_CELLS] += 2.0
+            controls[:, :, ::FAMILY_CELLS] += 2.0
+        elif where == "planted":
+            effects[:, :, 0] += 0.2
+        by_family = effects.reshape(documents, -1, FAMILY_CELLS)
+        elsewhere = np.stack(
+            [less_elsewhere(family, cell) for family in by_family.swapaxes(0, 1) for cell in range(FAMILY_CELLS)],
+            axis=1,
+        )
+        matched = (effects - controls).reshape(documents, -1)
+        p = flip_p(elsewhere, config, _GRID_STAGES, "greater", also=matched)
+        found = _holm(p, CELLS).reshape(-1, CELLS) <= config.alpha
+        return found[:, 0] if where == "planted" else found.any(axis=1)
+
+    return outcomes
+
+
+def ranking(draw: Draw, documents: int, noise: float = 1.0, better: bool = False) -> Outcome:
+    """A measure is said to predict the ranks of effects better, or worse, than mass does.
+
+    True effects of a sublayer's cells are equally spaced. The ranks of mass are those of effect disturbed, those of
+    the other two measures are that disturbance mirrored and inverted: all three have one rank correlation with
+    effect. With `better`, the other two have the true ranks.
+
+    Args:
+        draw: noise over documents.
+        documents: how many.
+        noise: standard error of the other measures' means in steps of rank; that of effect and mass is 1.
+        better: whether the others predict better.
+    """
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        few = replace(config, bootstrap=_FEW_RESAMPLES)
+        truth = np.arange(CELLS)
+        found = np.zeros(replicates, dtype=bool)
+        for replicate in range(replicates):
+            mass = (truth + 6 * rng.normal(size=CELLS)).argsort().argsort()
+            others = (truth, truth) if better else (CELLS - 1 - mass[::-1], mass.argsort())
+            means = dict(zip(METRICS, (mass, *others), strict=True))
+            errors = dict.fromkeys(METRICS, noise) | {"mass": 1.0}
+
+            def by_document(mean: Floats, error: float) -> Floats:
+                return mean + error * np.sqrt(documents) * draw(rng, (documents, CELLS))
+
+            effect = by_document(truth, 1.0)
+            resamples = document_resamples(documents, replace(few, seed=config.seed + replicate))
+            rho = {
+                name: bootstrapped_spearman(effect, by_document(means[name], errors[name]), resamples)
+                for name in METRICS
+            }
+            p = [percentile_test(rho[name] - rho["mass"], config.alpha)[-1] for name in METRICS if name != "mass"]
+            found[replicate] = adjust_p(p, len(p)).min() <= config.alpha
+        return found
+
+    return outcomes
+
+
 def interval_misses(draw: Draw, documents: int) -> Outcome:
     """A 95% BCa interval does not hold the true mean."""
 
@@ -307,18 +392,21 @@ def scenarios() -> list[Scenario]:
     several = f"{none}; 8 windows a document share half of their variance"
     kl = f"any of {CELLS} cells is causal, KL at the margin"
     quiet = partial(family_wise, kl_at_margin=True)
-    alike, by_window = partial(family_wise, shared=0.5), partial(family_wise, shared=0.5, windows=8)
+    correlated, by_window = partial(family_wise, shared=0.5), partial(family_wise, shared=0.5, windows=8)
     naive = partial(by_window, unit="window")
     detected = f"an effect of d = 0.2 in one of {CELLS} cells is causal"
     kl_limit = partial(null_at_margin, where="kl")
     differing = partial(dissociation, effect=0.3)
     apart = "a sublayer type is dissociated"
+    alike, controlled, planted = (partial(motif, where=where) for where in ("alike", "controlled", "planted"))
+    metric = "a measure predicts effect better or worse than mass"
+    uneven = partial(ranking, noise=2.0)
     # What, kind, distributions, documents, outcome from (distribution, documents), replicates, and how many at a time.
     plan: list[tuple[str, Kind, Sequence[str], Sequence[int], Callable[[Draw, int], Outcome], int, int]] = [
         (none, "error", (normal, heavy, skewed), (512,), family_wise, 6_000, 50),
         (none, "error", (normal, heavy, skewed), (96,), family_wise, 10_000, 50),
         (f"{none}; Student's t instead", "shown", (skewed,), (96, 512), student_family_wise, 2_000, 50),
-        (f"{none}; cells share half of their variance", "error", (normal,), (96,), alike, 6_000, 50),
+        (f"{none}; cells share half of their variance", "error", (normal,), (96,), correlated, 6_000, 50),
         (several, "error", (normal, heavy), (60,), by_window, 6_000, 50),
         (f"{several}; windows taken as units", "shown", (normal,), (60,), naive, 500, 25),
         (f"{kl}, dNLL zero", "error", (skewed,), (96, 512), partial(quiet, varies=False), 6_000, 100),
@@ -329,6 +417,12 @@ def scenarios() -> list[Scenario]:
         ("null, KL at the margin", "error", (normal, skewed), (96, 512), kl_limit, 20_000, 1000),
         (f"{apart}, effects alike", "error", (normal, skewed), (512,), dissociation, 6_000, 100),
         (f"{apart}, effects differ by d = 0.3", "power", (normal,), (512,), differing, 1_000, 100),
+        ("any motif, cells as elsewhere in their family", "error", (normal, skewed), (96, 512), alike, 6_000, 50),
+        ("any motif, a control does as much", "error", (normal, skewed), (96, 512), controlled, 6_000, 50),
+        ("a motif of d = 0.2 is found", "power", (normal,), (512,), planted, 1_000, 50),
+        (f"{metric}, all alike", "error", (normal,), (96, 512), ranking, 6_000, 100),
+        (f"{metric}, all alike, mass known twice as well", "shown", (normal,), (512,), uneven, 2_000, 100),
+        (f"{metric}, the others know the ranks", "shown", (normal,), (512,), partial(ranking, better=True), 500, 100),
         ("a 95% BCa interval misses", "shown", (normal, heavy, skewed), (96, 512), interval_misses, 1_000, 500),
     ]  # fmt: skip
     return [

@@ -51,6 +51,19 @@ def test_dissociation_holds_level_and_has_power():
     assert rate(lambda draw, n: power.dissociation(draw, n, pilot=64, effect=0.8), 20) >= 0.9
 
 
+def test_motifs_hold_level_at_either_door_and_are_found():
+    # Cells as their family elsewhere: every comparison with a control passes, so this one alone holds the level.
+    alike = rate(lambda draw, n: power.motif(draw, n, "alike"), 200)
+    assert 0 < alike <= most(200)
+    assert rate(lambda draw, n: power.motif(draw, n, "controlled"), 200) <= most(200)
+    assert rate(lambda draw, n: power.motif(draw, n, "planted"), 30, documents=512) >= 0.8
+
+
+def test_what_predicts_effect_holds_level_and_is_found():
+    assert rate(power.ranking, 100, documents=64) <= most(100)
+    assert rate(lambda draw, n: power.ranking(draw, n, better=True), 10, documents=64) == 1
+
+
 def test_flip_p_decides_as_all_of_the_flips_do():
     rng, config = power.np.random.default_rng(0), power.StatisticsConfig()
     values = rng.normal(size=(60, 300)) + 0.3
