@@ -320,7 +320,7 @@ def motif(draw: Draw, documents: int, where: Literal["alike", "controlled", "pla
         matched = (effects - controls).reshape(documents, -1)
         p = flip_p(elsewhere, config, _GRID_STAGES, "greater", also=matched)
         found = _holm(p, CELLS).reshape(-1, CELLS) <= config.alpha
-        return found[:, 0] if where == "planted" else found.any(axis=1)
+        return found[:, 0] if where == "planted" else np.any(found, axis=1)
 
     return outcomes
 
@@ -341,12 +341,13 @@ def ranking(draw: Draw, documents: int, noise: float = 1.0, better: bool = False
 
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
         few = replace(config, bootstrap=_FEW_RESAMPLES)
-        truth = np.arange(CELLS)
+        truth = np.arange(CELLS, dtype=float)
         found = np.zeros(replicates, dtype=bool)
         for replicate in range(replicates):
-            mass = (truth + 6 * rng.normal(size=CELLS)).argsort().argsort()
-            others = (truth, truth) if better else (CELLS - 1 - mass[::-1], mass.argsort())
-            means = dict(zip(METRICS, (mass, *others), strict=True))
+            order = (truth + 6 * rng.normal(size=CELLS)).argsort()
+            mass = order.argsort()
+            others = (truth, truth) if better else (CELLS - 1 - mass[::-1], order)
+            means = {name: np.asarray(mean, dtype=float) for name, mean in zip(METRICS, (mass, *others), strict=True)}
             errors = dict.fromkeys(METRICS, noise) | {"mass": 1.0}
 
             def by_document(mean: Floats, error: float) -> Floats:
