@@ -64,6 +64,21 @@ class Setting:
             "windows": {split: len(drawn) for split, drawn in self.windows.items()},
         }
 
+    def origin(self, subject: Subject) -> tuple[Located, str]:
+        """Where a model's weights came from, and what it is, in words."""
+        for one in self.further:
+            if one.subject.name == subject.name:
+                return one.located, one.kind
+        trained_at, baseline_at = self.located
+        if subject.schedule is None:
+            return trained_at, "trained AttnRes"
+        return baseline_at, f"vanilla Qwen3, {subject.schedule} wrap"
+
+    def routing_trained(self, subject: Subject) -> bool:
+        """Whether a model's routing was trained, as the run that its weights came from says."""
+        training = self.origin(subject)[0].training.get("config") or {}
+        return subject.schedule is None and subject.name not in NULLS and training.get("trainable") != "body"
+
 
 def preregistration(setting: Setting, cells: Sequence[str]) -> dict[str, Any]:
     """What is fixed before any result is seen."""
@@ -79,8 +94,14 @@ def preregistration(setting: Setting, cells: Sequence[str]) -> dict[str, Any]:
         "sublayers": sorted(candidates["sublayer"].unique()),
         "bands": _band_layers(setting.subjects),
         "models": [
-            {"name": s.name, "convention": s.plan.convention, "schedule": s.schedule, "layers": s.plan.num_layers}
-            for s in setting.subjects
+            {
+                "name": subject.name,
+                "convention": subject.plan.convention,
+                "schedule": subject.schedule,
+                "layers": subject.plan.num_layers,
+                "routing_trained": setting.routing_trained(subject),
+            }
+            for subject in setting.subjects
         ],
         "exclusions": [{"model": row.model, "cell": row.cell, "reason": row.reason} for row in excluded.itertuples()],
         "eligibility": candidates.to_dict("records"),
@@ -144,6 +165,10 @@ def _drawn(windows: ProbeWindows) -> str:
     return windows_digest(windows.window_ids.tolist(), windows.document_ids.tolist())
 
 
+# What a preregistration says of the moment at which it was written.
+_OF_ITS_TIME = ("written", "amends", "earlier_looks")
+
+
 def register(path: Path, registered: dict[str, Any]) -> dict[str, Any]:
     """Write a preregistration, and return the one that holds.
 
@@ -159,8 +184,8 @@ def register(path: Path, registered: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             log.warning("%s cannot be read: written anew", path)
         if earlier:
-            kept = {key: value for key, value in earlier.items() if key not in ("written", "amends")}
-            if kept == {key: value for key, value in plain.items() if key != "written"}:
+            kept, said = ({k: v for k, v in one.items() if k not in _OF_ITS_TIME} for one in (earlier, plain))
+            if kept == said:
                 return earlier
             digest = hashlib.sha256(text).hexdigest()
             write_text(path.with_name(f"{path.stem}-{digest[:8]}.json"), text.decode())
@@ -226,11 +251,7 @@ def _now() -> str:
 
 
 def _describe(subject: Subject, setting: Setting, clean_nll: Mapping[str, float]) -> dict[str, Any]:
-    where = setting.located[0 if subject.schedule is None else 1]
-    kind = "trained AttnRes" if subject.schedule is None else f"vanilla Qwen3, {subject.schedule} wrap"
-    for one in setting.further:
-        if one.subject.name == subject.name:
-            where, kind = one.located, one.kind
+    where, kind = setting.origin(subject)
     return {
         "name": subject.name,
         "path": str(where.folder),
@@ -241,9 +262,7 @@ def _describe(subject: Subject, setting: Setting, clean_nll: Mapping[str, float]
         "kind": kind,
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "convention": subject.plan.convention,
-        "routing_trained": subject.schedule is None
-        and subject.name not in NULLS
-        and (where.training.get("config") or {}).get("trainable") != "body",
+        "routing_trained": setting.routing_trained(subject),
         "layers": subject.plan.num_layers,
         "blocks": subject.plan.num_real_blocks,
         "step": where.training.get("step"),

@@ -226,7 +226,7 @@ def _registered(parts: Sequence[Measured]) -> dict[str, Any]:
         values = [value for part in parts for value in part.registered.get(key, [])]
         return [value for place, value in enumerate(values) if value not in values[:place]]
 
-    lists = ("cells", "exclusions", "eligibility", "interventions", "families", "sublayers")
+    lists = ("cells", "exclusions", "eligibility", "interventions", "families", "sublayers", "earlier_looks")
     return first | {key: united(key) for key in lists} | {"parts": told}
 
 

@@ -15,6 +15,11 @@ from attnres.probe.plotting import SUBLAYER_NAMES, number, plain
 from attnres.probe.report_tables import DISCOVERY, Tables
 
 _SECRET = re.compile(r"(?i)(passw|secret|credential|api_?key|access_?key|^token$|_token$|authorization)")
+# Settings of a probe that say which cells and models it measures, and how fast.
+_WHICH_CELLS = (
+    *("families", "sublayers", "bands", "interventions", "controls", "places", "cells", "grid_cells"),
+    *("schedules", "nulls", "batch_size", "cells_per_pass"),
+)
 _DECIDED = {
     "trained larger": "larger than in",
     "baseline larger": "smaller than in",
@@ -124,6 +129,16 @@ def warnings(tables: Tables) -> list[str]:
             f"{grid.get('candidate_cells', '?')} candidate cells (families: {families}). Holm's correction "
             f"is over the full preregistered grid. {grid.get('note', '')}".strip()
         )
+    looks = [one for one in _rows(tables.preregistration.get("earlier_looks")) if _decisive(one.get("differs"))]
+    if looks:
+        told = "; ".join(
+            f"{one.get('folder', '?')} ({', '.join(f'{k}={v}' for k, v in _decisive(one['differs']).items())})"
+            for one in looks
+        )
+        found.append(
+            f"{len(looks)} earlier probe(s) of this checkpoint had results for some of these cells, under other "
+            f"settings, when this one was registered: {told}."
+        )
     failed = [c for c in summary.get("checks", []) if not c.get("passed")]
     if failed:
         names = "; ".join(f"{c.get('name', '?')} ({c.get('model', '?')})" for c in failed)
@@ -149,6 +164,16 @@ def warnings(tables: Tables) -> list[str]:
     if len(seen) > 1:
         found.append("The models were not probed on the same windows: the contrasts below are not paired.")
     return found
+
+
+def _rows(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list; none where it is no list."""
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def _decisive(settings: Any) -> dict[str, Any]:
+    """Of the settings that differ between two probes, those that can turn a verdict on one cell."""
+    return {k: v for k, v in settings.items() if k not in _WHICH_CELLS} if isinstance(settings, Mapping) else {}
 
 
 def nats(value: Any) -> str:

@@ -26,6 +26,7 @@ from attnres.probe.checks import check_subject, require_passed
 from attnres.probe.config import ProbeConfig, config_hash, digest
 from attnres.probe.interventions import Spec
 from attnres.probe.locate import Located, locate, locate_baseline
+from attnres.probe.looks import earlier_looks
 from attnres.probe.outputs import TRAINED, Setting, preregistration, register, write_tables
 from attnres.probe.parts import Parts
 from attnres.probe.passes import Subject
@@ -145,7 +146,9 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
         parts_folder = folder / PARTS / digest(measured_on)
         with _storage_errors(folder):
             if ranks.rank == 0:
-                register(folder / "preregistration.json", preregistration(setting, [spec.id for spec in chosen]))
+                registered = preregistration(setting, [spec.id for spec in chosen])
+                looks = {"earlier_looks": earlier_looks(folder, registered)}
+                register(folder / "preregistration.json", registered | looks)
             faults.point("probe.registered")
             tables, eligibility = _run(config, subjects, chosen, windows, parts_folder, ranks)
             if ranks.rank > 0:

@@ -267,6 +267,18 @@ def test_report_warns_of_unverified_checkpoints_failed_checks_and_unpaired_windo
         assert "not probed on the same windows" in text
 
 
+def test_report_warns_of_earlier_looks_whose_settings_can_turn_a_verdict(folder, render):
+    def registered(*looks):
+        plan = json.loads((folder / "preregistration.json").read_text())
+        (folder / "preregistration.json").write_text(json.dumps(plan | {"earlier_looks": looks}))
+        return Page(render(folder)[0]).text
+
+    another = {"folder": "probe_b", "differs": {"margin": 0.02, "families": ["older"]}}
+    assert "earlier probe" not in registered({"folder": "probe_a", "differs": {"families": ["older"]}}, 3, {})
+    assert "1 earlier probe(s) of this checkpoint" in registered(another)
+    assert "probe_b (margin=0.02)" in registered(another)
+
+
 def test_report_escapes_hostile_text_wherever_it_stands(folder, render):
     clean = Page(render(folder)[0])
     for name, columns in (
