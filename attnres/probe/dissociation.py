@@ -177,7 +177,8 @@ def which_predicts(spearman: pd.DataFrame, alpha: float, model: str = "attnres")
         if np.isfinite(row["rho"])
     )
     if better:
-        verdict = f"{' and '.join(names[name] for name in better)} predicts effect better than mass does"
+        verb = "predict" if len(better) > 1 else "predicts"
+        verdict = f"{' and '.join(names[name] for name in better)} {verb} effect better than mass does"
     elif worse:
         verdict = f"mass predicts effect better than {' and '.join(names[name] for name in worse)}"
     else:

@@ -418,7 +418,7 @@ def scenarios() -> list[Scenario]:
         ("null, KL at the margin", "error", (normal, skewed), (96, 512), kl_limit, 20_000, 1000),
         (f"{apart}, effects alike", "error", (normal, skewed), (512,), dissociation, 6_000, 100),
         (f"{apart}, effects differ by d = 0.3", "power", (normal,), (512,), differing, 1_000, 100),
-        ("any motif, cells as elsewhere in their family", "error", (normal, skewed), (96, 512), alike, 6_000, 50),
+        ("any motif, cells as elsewhere in their family", "error", (normal, skewed), (96, 512), alike, 20_000, 50),
         ("any motif, a control does as much", "error", (normal, skewed), (96, 512), controlled, 6_000, 50),
         ("a motif of d = 0.2 is found", "power", (normal,), (512,), planted, 1_000, 50),
         (f"{metric}, all alike", "error", (normal,), (96, 512), ranking, 6_000, 100),
