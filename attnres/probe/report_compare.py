@@ -61,7 +61,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     names = {"claims": "Claims", "runs": "Runs", "differ": "Differences", "side": "Effects", "seeds": "Seeds",
              "steps": "Training", "paired": "Paired", "cells": "All cells", "provenance": "Folders"}  # fmt: skip
     seeds = [(group, seed_table(group).to_dict("records")) for group in seed_groups(runs)]
-    kept = {"seeds": bool(seeds), "steps": bool(drawings["steps"]), "paired": bool(drawings["paired"] or why_not)}
+    kept = {name: bool(drawings[name]) for name in ("side", "seeds", "steps")}
+    kept["paired"] = bool(drawings["paired"] or why_not)
     context = {
         "title": f"{len(runs)} probes compared",
         "viewer": None,
@@ -133,9 +134,11 @@ def _draw(runs: Sequence[Run], contrasts: pd.DataFrame) -> dict[str, list[Drawin
     album, margin = Album(SECTIONS), runs[0].tables.margin
     labels = [run.label for run in runs]
     everything = pd.concat([run.cells for run in runs], ignore_index=True)
-    alt = f"Effects with 95% intervals of {len(runs)} runs in every cell, against ±{margin:g} nats/token."
-    album.add("side", "", figures_forest.effect_forest(everything, labels, margin, by="run"), alt)
-    for index, group in enumerate(seed_groups(runs)):
+    seeds = seed_groups(runs)
+    if not any(len(group) == len(runs) for group in seeds):  # the same figure
+        alt = f"Effects with 95% intervals of {len(runs)} runs in every cell, against ±{margin:g} nats/token."
+        album.add("side", "", figures_forest.effect_forest(everything, labels, margin, by="run"), alt)
+    for index, group in enumerate(seeds):
         part = pd.concat([run.cells for run in group], ignore_index=True)
         names = [run.label for run in group]
         alt = f"{group[0].experiment}: effects of {len(group)} seeds side by side in every cell."

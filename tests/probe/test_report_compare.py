@@ -132,6 +132,12 @@ def test_comparison_command_draws_every_figure_and_writes_in_its_folder(make, tm
     ]  # fmt: skip
 
 
+def test_seeds_of_one_experiment_are_drawn_once(make, tmp_path):
+    report = report_compare.write_comparison([make("a", seed=0), make("b", seed=1)], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out" / "figures").iterdir()) == ["paired.svg", "seeds-0.svg"]
+    assert 'href="#side"' not in report.read_text() and 'id="side"' not in report.read_text()
+
+
 def test_comparison_refuses_a_folder_named_twice(make):
     folder = make("a")
     with pytest.raises(ConfigError, match="named twice"):
