@@ -132,8 +132,10 @@ def test_comparison_command_draws_every_figure_and_writes_in_its_folder(make, tm
     ]  # fmt: skip
 
 
-def test_seeds_of_one_experiment_are_drawn_once(make, tmp_path):
-    report = report_compare.write_comparison([make("a", seed=0), make("b", seed=1)], tmp_path / "out")
+def test_seeds_of_one_experiment_are_drawn_once(make, tmp_path, monkeypatch):
+    folders = [make("a", seed=0), make("b", seed=1)]
+    monkeypatch.undo()
+    report = report_compare.write_comparison(folders, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out" / "figures").iterdir()) == ["paired.svg", "seeds-0.svg"]
     assert 'href="#side"' not in report.read_text() and 'id="side"' not in report.read_text()
 
