@@ -22,10 +22,10 @@ FAST = (
 PROBE = (
     "runs_dir={tmp}/runs cache_dir={tmp}/cache threads=1 ckpt={tmp}/runs/attnres_tiny probe.length=32 "
     "probe.documents_pilot=4 probe.documents_confirm=6 probe.batch_size=4 statistics.sign_flips=999 "
-    "statistics.bootstrap=100"
+    "statistics.bootstrap=100 probe.attribution=true"
 )
 WRITTEN = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parquet", "cells.csv", "contrasts.csv",
-           "summary.json", "report.html", "report.md", "figures")  # fmt: skip
+           "attribution.parquet", "summary.json", "report.html", "report.md", "figures")  # fmt: skip
 
 
 def run(tmp: Path, script: str, settings: str, *more: str) -> subprocess.CompletedProcess:
@@ -82,6 +82,11 @@ def test_probe_writes_what_it_promises(probed):
     assert (cells[cells["intervention"] == "matched"].groupby("model").size() == 4).all()
     summary = json.loads((probed / "summary.json").read_text())
     assert summary["grid"]["complete"] and all(check["passed"] for check in summary["checks"])
+    masked = cells[(cells["model"] == "attnres") & (cells["intervention"] == "mask") & cells["eligible"]]
+    assert {row["cell"]: row["dnll"] for row in summary["attribution"]} == pytest.approx(
+        dict(zip(masked["cell"], masked["dnll"], strict=True)), abs=1e-7
+    )
+    assert -1 <= summary["attribution_rank"]["rho"] <= 1
     assert {model["verified"] for model in summary["models"]} == {True}
 
 
@@ -95,7 +100,7 @@ def test_probe_compares_all_models_on_the_same_windows(probed):
 
 
 def test_probe_twice_gives_the_same_tables_also_when_it_is_stopped_and_resumed(trained, probed):
-    tables = ("cells.csv", "contrasts.csv", "effects.csv", "mass.parquet", "routing.csv", "dissociation.csv")
+    tables = ("cells.csv", "contrasts.csv", "effects.csv", "mass.parquet", "routing.csv", "attribution.parquet")
     before = {name: (probed / name).read_bytes() for name in tables}
     registered = (probed / "preregistration.json").read_bytes()
     (probed / "cells.csv").unlink()
@@ -115,7 +120,7 @@ def test_probe_shared_by_two_processes_gives_the_same_tables(trained, probed):
     done = run_warm(trained, "probe.py", settings, "device=cpu", "devices=2")
     (folder,) = (trained / "shared").glob("probe_*")
     assert done.stdout.strip().splitlines()[-1] == str(folder / "report.html")
-    for name in ("effects.csv", "mass.parquet", "routing.csv", "cells.csv", "motifs.csv"):
+    for name in ("effects.csv", "mass.parquet", "routing.csv", "cells.csv", "attribution.parquet"):
         assert (folder / name).read_bytes() == (probed / name).read_bytes(), name
 
 
@@ -127,6 +132,11 @@ def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(tr
         grid = json.loads(path.read_text())["grid"]
         assert (grid["run_cells"], grid["candidate_cells"], grid["complete"]) == (7, 28, False)
         assert "7 of 28" in (path.parent / "report.html").read_text()
+        # The parts are no look at each other, the whole probe before them is one.
+        looks = json.loads((path.parent / "preregistration.json").read_text())["earlier_looks"]
+        assert [(look["folder"], look["cells"], list(look["differs"])) for look in looks] == [
+            (probed.name, 7, ["families"])
+        ]
     whole = pd.read_csv(probed / "cells.csv").set_index(["model", "cell"])
     for path in parts:
         part = pd.read_csv(path.parent / "cells.csv").set_index(["model", "cell"])

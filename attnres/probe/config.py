@@ -64,6 +64,8 @@ class GridConfig:
         recency_bias: bias b of the recency wrap, in nats.
         bias: `"stored"` or `"init"`: which routing biases of a released checkpoint are used.
         nulls: null models to probe as well: `"untrained"`, `"shuffled_queries"`; see `attnres.probe.nulls`.
+        attribution: estimate the trained model's masks from gradients as well, and say how that stands to the exact
+            effects; see `attnres.probe.attribution`.
     """
 
     families: str | tuple[str, ...] = "all"
@@ -84,6 +86,7 @@ class GridConfig:
     recency_bias: float = 10.0
     bias: Literal["stored", "init"] = "stored"
     nulls: tuple[Literal["untrained", "shuffled_queries"], ...] = ()
+    attribution: bool = False
 
     def __post_init__(self) -> None:
         for key, known in (("families", FAMILIES), ("sublayers", SUBLAYERS), ("bands", BANDS)):

@@ -100,7 +100,7 @@ def spearman_table(
                 for metric in METRICS
             }
             for metric, rho in of_metric.items():
-                low, high = _percentiles(rho, config.alpha)
+                low, high = percentile_interval(rho, config.alpha)
                 row = (model, sublayer, metric, int(chosen.sum()), documents, rho[0], low, high, bool(low > 0))
                 over = rho - of_metric["mass"]
                 rows.append(row + ((np.nan,) * 4 if metric == "mass" else percentile_test(over, config.alpha)))
@@ -133,7 +133,7 @@ def bootstrapped_spearman(effect: Floats, metric: Floats, resamples: np.ndarray)
         return (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
 
 
-def _percentiles(values: Floats, alpha: float) -> tuple[float, float]:
+def percentile_interval(values: Floats, alpha: float) -> tuple[float, float]:
     """Percentile interval of resampled values, the first being the observed one; NaN if that is."""
     resampled = values[1:][np.isfinite(values[1:])]
     if not np.isfinite(values[0]) or len(resampled) == 0:
@@ -147,7 +147,7 @@ def percentile_test(values: Floats, alpha: float) -> tuple[float, float, float, 
 
     `values` are the observed difference and its resamples, as `bootstrapped_spearman` orders them.
     """
-    low, high = _percentiles(values, alpha)
+    low, high = percentile_interval(values, alpha)
     resampled = values[1:][np.isfinite(values[1:])]
     if not np.isfinite(low):
         return np.nan, np.nan, np.nan, np.nan
@@ -311,3 +311,39 @@ def _dissociation(
         picked |= {f"{name}_diff": differences[:, column].mean(), f"{name}_p": p[column]}
         picked |= {f"{name}_diff_lo": low[column], f"{name}_diff_hi": high[column]}
     return picked | {"p": p.max()}
+
+
+def against_exact(
+    estimates: pd.DataFrame, effects: pd.DataFrame, config: StatisticsConfig, split: str = "confirm"
+) -> dict[str, Any]:
+    """How estimates of effects from gradients stand to the exact effects of the same cells.
+
+    Args:
+        estimates: one row per cell x window of one model, `estimate` in nats/token.
+        effects: one row per model x cell x window.
+        config: level, resamples and seed.
+        split: the split that is read.
+
+    Returns:
+        `attribution`, a row per cell with its `model`, mean `estimate` and exact mean `dnll` in nats/token; and
+        `attribution_rank`, Spearman's `rho` over them with `rho_lo` and `rho_hi`, a percentile interval over
+        `documents` (None where there is none).
+    """
+    cells = list(dict.fromkeys(estimates["cell"]))
+    exact = effects[effects["model"].isin(estimates["model"]) & effects["cell"].isin(cells)]
+    estimated, _ = document_means(estimates, ["cell"], ["estimate"], split)
+    measured, _ = document_means(exact, ["cell"], ["dnll"], split)
+    if not estimated.index.equals(measured.index):
+        raise ValueError("estimates and effects come from different documents: pass both from one run")
+    x, y = estimated["estimate"][cells].to_numpy(), measured["dnll"][cells].to_numpy()
+    rho = bootstrapped_spearman(y, x, document_resamples(len(x), config))
+    values = (rho[0], *percentile_interval(rho, config.alpha))
+    told = [None if np.isnan(value) else float(value) for value in values]
+    means = zip(cells, x.mean(axis=0).tolist(), y.mean(axis=0).tolist(), strict=True)
+    model = str(estimates["model"].iloc[0])
+    return {
+        "attribution": [
+            {"model": model, "cell": cell, "estimate": estimate, "dnll": dnll} for cell, estimate, dnll in means
+        ],
+        "attribution_rank": {"documents": len(x)} | dict(zip(("rho", "rho_lo", "rho_hi"), told, strict=True)),
+    }

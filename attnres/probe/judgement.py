@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from attnres.probe.claims import baseline_disagreements, study_claims
-from attnres.probe.dissociation import dissociation_table, spearman_table, which_predicts
+from attnres.probe.dissociation import against_exact, dissociation_table, spearman_table, which_predicts
 from attnres.probe.inference import StatisticsConfig
 from attnres.probe.motifs import motif_table, permutation_null
 from attnres.probe.roles import TRAINED, Roles
@@ -68,8 +68,10 @@ def findings(
     checks: Sequence[Mapping[str, Any]],
     statistics: StatisticsConfig,
     models: Sequence[Mapping[str, Any]],
+    attribution: pd.DataFrame,
 ) -> dict[str, Any]:
-    """The parts of `summary.json` that are judged: claims, dissociation, what predicts effect, nulls.
+    """The parts of `summary.json` that are judged: claims, dissociation, what predicts effect, nulls, and how estimates
+    from gradients, where there are any, stand to the exact effects.
 
     `models` are the summary's own rows, which say of a control what was trained in it.
     """
@@ -93,6 +95,8 @@ def findings(
     }
     if statistics.permutations:
         found["permuted_labels"] = permutation_null(effects, judged.cells, statistics, statistics.permutations)
+    if len(attribution):
+        found |= against_exact(attribution, effects, statistics)
     return found
 
 

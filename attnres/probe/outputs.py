@@ -203,7 +203,10 @@ def write_tables(
     clean_nll = tables.clean.groupby("model")["nll"].mean().to_dict()
     models = [_describe(subject, setting, clean_nll) for subject in setting.subjects]
     judged = judge(tables.effects, tables.mass, eligibility, statistics, models)
-    for name, frame in (("effects", tables.effects), ("mass", tables.mass)):
+    measured = {"effects": tables.effects, "mass": tables.mass}
+    if len(tables.attribution):
+        measured["attribution"] = tables.attribution
+    for name, frame in measured.items():
         with whole_file(folder / f"{name}.parquet") as part:
             frame.to_parquet(part, index=False)
     with whole_file(folder / "effects.csv") as part:
@@ -241,7 +244,7 @@ def write_tables(
         "provenance": setting.provenance,
         "plan_notes": _plan_notes(setting.subjects),
         "preregistration": registered_as(folder / "preregistration.json"),
-    } | findings(judged, tables.effects, checks, statistics, models)
+    } | findings(judged, tables.effects, checks, statistics, models, tables.attribution)
     write_json(folder / "summary.json", summary)
     return judged.cells
 

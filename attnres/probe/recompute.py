@@ -31,7 +31,7 @@ PART_KEYS = ("families", "sublayers", "bands", "intervention", "interventions", 
 EXECUTION_KEYS = ("batch_size", "cells_per_pass")
 # What a probe leaves of its models, and what was fixed before: everything that no judgement changes.
 MEASURED = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parquet", "eligibility.csv", "routing.csv",
-            "viewer.json")  # fmt: skip
+            "viewer.json", "attribution.parquet")  # fmt: skip
 # Largest difference, in nats/token or of a share, between two measurements of one thing: rounding on other machines.
 OVERLAP_LIMIT = 1e-5
 _AGAIN = "run the probe again, or name the folder that it wrote"
@@ -47,6 +47,7 @@ class Measured:
     eligibility: pd.DataFrame
     registered: Mapping[str, Any]
     summary: Mapping[str, Any]
+    attribution: pd.DataFrame
 
     @property
     def statistics(self) -> StatisticsConfig:
@@ -66,11 +67,13 @@ def read_measured(folder: Path) -> Measured:
         registered = json.loads((folder / "preregistration.json").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         effects, mass = (pd.read_parquet(folder / f"{name}.parquet") for name in ("effects", "mass"))
+        estimated = folder / "attribution.parquet"
+        attribution = pd.read_parquet(estimated) if estimated.is_file() else pd.DataFrame()
         # Names may be anything, NA included; an empty reason is none.
         eligibility = pd.read_csv(folder / "eligibility.csv", keep_default_na=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} cannot be read ({' '.join(str(error).split())[:160]}): {_AGAIN}") from error
-    found = Measured(folder, effects, mass, eligibility, registered, summary)
+    found = Measured(folder, effects, mass, eligibility, registered, summary, attribution)
     _check(found)
     return found
 
@@ -124,6 +127,7 @@ def judge_anew(measured: Measured, out: Path) -> None:
         measured.summary.get("checks", []),
         measured.statistics,
         measured.summary["models"],
+        measured.attribution,
     )
     git = git_state()
     summary["judged_anew"] = {"command": f"python -m attnres.probe.recompute {measured.folder} --out {out}", "git": git}
@@ -159,6 +163,9 @@ def combine(folders: Sequence[Path], out: Path) -> None:
         _belong_together(first, part)
     effects = _merged(parts, "effects", ["model", "cell", "window"], EFFECTS)
     mass = _merged(parts, "mass", ["model", *SLICE, "window"], MASSES)
+    attribution = pd.concat([part.attribution for part in parts], ignore_index=True)
+    if len(attribution):
+        attribution = _merged(parts, "attribution", ["model", "cell", "window"], ["estimate"])
     eligibility = pd.concat([part.eligibility for part in parts], ignore_index=True)
     said = eligibility.drop_duplicates(["model", "cell", "eligible", "reason"])
     twice = said[said.duplicated(["model", "cell"])]
@@ -173,12 +180,14 @@ def combine(folders: Sequence[Path], out: Path) -> None:
         effects.to_parquet(out / "effects.parquet", index=False)
         effects.to_csv(out / "effects.csv", index=False)
         mass.to_parquet(out / "mass.parquet", index=False)
+        if len(attribution):
+            attribution.to_parquet(out / "attribution.parquet", index=False)
         judged.write(out)
         write_text(out / "eligibility.csv", eligibility.to_csv(index=False))
         for name in ("routing.csv", "viewer.json"):  # of the models, and so the same in every part
             if (first.folder / name).is_file():
                 write_text(out / name, (first.folder / name).read_text(encoding="utf-8"))
-        write_json(out / "summary.json", _summary(parts, out, judged, effects, eligibility))
+        write_json(out / "summary.json", _summary(parts, out, judged, effects, eligibility, attribution))
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror}); free space or name another --out") from error
 
@@ -231,7 +240,12 @@ def _registered(parts: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _summary(
-    parts: Sequence[Measured], out: Path, judged: Judged, effects: pd.DataFrame, eligibility: pd.DataFrame
+    parts: Sequence[Measured],
+    out: Path,
+    judged: Judged,
+    effects: pd.DataFrame,
+    eligibility: pd.DataFrame,
+    attribution: pd.DataFrame,
 ) -> dict[str, Any]:
     first = dict(parts[0].summary)
     statistics = parts[0].statistics
@@ -251,7 +265,7 @@ def _summary(
         first
         | {"grid": grid, "command": command, "preregistration": registered_as(out / "preregistration.json")}
         | {"parts": [{"folder": part.folder.name, "command": part.summary.get("command")} for part in parts]}
-        | findings(judged, effects, first.get("checks", []), statistics, first["models"])
+        | findings(judged, effects, first.get("checks", []), statistics, first["models"], attribution)
     )
 
 

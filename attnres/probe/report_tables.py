@@ -76,8 +76,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 _TEXT = frozenset({"model", "baseline", "cell", "intervention", *_CELL, "reason", "verdict", "role", "split"})
 _FLAGS = frozenset({"eligible", "appreciable"})
 DISCOVERY = ("p_fdr", "p_bh")
-_LISTS = ("models", "checks", "claims", "dissociation", "spearman", "motifs", "plan_notes")
-_OBJECTS = ("grid", "statistics", "recency", "provenance", "permuted_labels", "judged_anew")
+_LISTS = ("models", "checks", "claims", "dissociation", "spearman", "motifs", "plan_notes", "attribution")
+_OBJECTS = ("grid", "statistics", "recency", "provenance", "permuted_labels", "attribution_rank", "judged_anew")
 _JSON_NAMES = {list: "list", dict: "JSON object"}
 _MARGIN = 0.005  # nats/token, where the summary does not say
 # A table compresses: a file of a few bytes may claim any number of rows.

@@ -21,6 +21,7 @@ from attnres.data import Corpus, DataConfig, ProbeWindows, prepare, probe_window
 from attnres.errors import AttnResError, CheckpointError, ConfigError, DataError, Stopped, StorageError
 from attnres.model.loading import load_model, wrap_qwen3
 from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.probe.attribution import attribution_table, run_attribution
 from attnres.probe.candidates import candidates, whole_grid
 from attnres.probe.checks import check_subject, require_passed
 from attnres.probe.config import ProbeConfig, config_hash, digest
@@ -339,7 +340,7 @@ def _run(
 
         planned = {subject.name: [spec for spec in chosen if spec.cell(subject.plan).eligible] for subject in subjects}
         bar.total = len(execution.mine()) * sum(map(len, planned.values()))
-        found, listed = [], []
+        found, listed, attribution = [], [], pd.DataFrame()
         for subject in subjects:
             bar.set_postfix_str(subject.name)
             together(partial(run_pilot, subject, planned[subject.name], execution))
@@ -350,6 +351,9 @@ def _run(
             bar.total -= len(execution.mine()) * (len(planned[subject.name]) - len(specs))
             together(partial(run_cells, subject, specs, pilot, execution))
             found.append(tables_of(subject, specs, execution))
+            if settings.attribution and subject.name == TRAINED:
+                together(partial(run_attribution, subject, specs, execution))
+                attribution = attribution_table(subject, execution)
     parts_of_tables = zip(*((t.effects, t.mass, t.routing, t.clean) for t in found), strict=True)
-    tables = Tables(*(pd.concat(some, ignore_index=True) for some in parts_of_tables))
-    return tables, pd.concat(listed, ignore_index=True)
+    effects, mass, routing, clean = (pd.concat(some, ignore_index=True) for some in parts_of_tables)
+    return Tables(effects, mass, routing, clean, attribution), pd.concat(listed, ignore_index=True)

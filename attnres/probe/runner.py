@@ -45,12 +45,16 @@ _MOST_TOKENS, _MOST_LOGITS = 2**15, 2**31
 
 @dataclass(frozen=True)
 class Tables:
-    """Tidy tables: effects, mass and routing as the statistics and the report take them, and the clean NLL."""
+    """Tidy tables: effects, mass and routing as the statistics and the report take them, and the clean NLL.
+
+    `attribution` is empty where no estimates were asked for.
+    """
 
     effects: pd.DataFrame
     mass: pd.DataFrame
     routing: pd.DataFrame
     clean: pd.DataFrame
+    attribution: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 class Ranks:
@@ -249,7 +253,7 @@ def tables_of(subject: Subject, specs: Sequence[Spec], execution: Execution) -> 
     for split, number, _ in execution.batches():
         table = execution.parts.read(Key(subject.name, split, number, "effects"))
         if set(table["cell"] if len(table) else ()) != set(cells):
-            raise _damaged(subject, split, number)
+            raise damaged(subject, split, number)
         if len(table):
             table = table.sort_values("cell", key=lambda column: column.map(order), kind="stable")
             found.append(table.assign(model=subject.name, split=split))
@@ -388,12 +392,13 @@ def _kept(subject: Subject, execution: Execution, splits: Sequence[Split]) -> di
         for kind, tables in found.items() if split in splits else ():
             key = Key(subject.name, split, number, kind)
             if not execution.parts.has(key):
-                raise _damaged(subject, split, number)
+                raise damaged(subject, split, number)
             tables.append(execution.parts.last(key))
     return {kind: pd.concat(tables, ignore_index=True) for kind, tables in found.items()}
 
 
-def _damaged(subject: Subject, split: str, number: int) -> StorageError:
+def damaged(subject: Subject, split: str, number: int) -> StorageError:
+    """What to raise where a part that was kept is gone."""
     return StorageError(
         f"{subject.name}: batch {number} of split {split} was measured and cannot be read again; run the same command"
     )

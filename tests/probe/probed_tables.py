@@ -99,5 +99,5 @@ def write_folder(folder: Path, effects, mass, eligibility, config=WHOLE, familie
         "models": models, "statistics": asdict(config), "provenance": {},
         "recency": {}, "plan_notes": [], "preregistration": registered_as(folder / "preregistration.json"),
     }  # fmt: skip
-    write_json(folder / "summary.json", summary | findings(judged, effects, [], config, models))
+    write_json(folder / "summary.json", summary | findings(judged, effects, [], config, models, pd.DataFrame()))
     return folder

@@ -1,4 +1,4 @@
-"""Gradient attribution against finite differences and against a small exact dose."""
+"""Gradient attribution against finite differences and against a small exact dose, and its rank among exact effects."""
 
 import pytest
 import torch
@@ -7,8 +7,10 @@ from scipy import stats
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.model.families import family_indices, grid
 from attnres.probe.attribution import attribution
+from attnres.probe.dissociation import against_exact
 from attnres.probe.interventions import Intervention, parse
 from attnres.probe.passes import run_clean, run_edited
+from tests.probe.probed_tables import QUICK, SLICES, measured
 
 
 def model(queries: float) -> Qwen3AttnResForCausalLM:
@@ -73,3 +75,18 @@ def test_attribution_ranks_cells_like_a_small_dose_of_ablation():
     rho = stats.spearmanr(*zip(*pairs, strict=True))[0]
     print(f"\n{len(cells)} cells: Spearman {rho:.3f} of the estimate and the exact effect of scale:0.98")
     assert rho > 0.8
+
+
+def test_against_exact_ranks_cells_by_document():
+    effects, _, _ = measured({("attnres", piece): 0.1 * place for place, piece in enumerate(SLICES)})
+    mine = effects[effects["model"] == "attnres"]
+    estimates = mine[["model", "cell", "window", "document", "split"]].assign(estimate=2 - mine["dnll"] ** 3)
+    found = against_exact(estimates, effects, QUICK)
+    rank = found["attribution_rank"]
+    assert rank["rho"] == pytest.approx(-1) and rank["rho_lo"] == pytest.approx(-1) and rank["documents"] == 24
+    confirm = mine[mine["split"] == "confirm"].groupby("cell", sort=False)["dnll"].mean()
+    assert {row["cell"]: row["dnll"] for row in found["attribution"]} == pytest.approx(confirm.to_dict())
+    one = against_exact(estimates[estimates["cell"] == estimates["cell"].iloc[0]], effects, QUICK)
+    assert one["attribution_rank"]["rho"] is None
+    with pytest.raises(ValueError, match="different documents"):
+        against_exact(estimates[estimates["document"] != 20], effects, QUICK)

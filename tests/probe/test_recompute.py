@@ -7,7 +7,8 @@ import pytest
 
 from attnres.errors import ConfigError, DataError
 from attnres.probe.outputs import register
-from attnres.probe.recompute import combine, main, read_measured, recompute
+from attnres.probe.recompute import combine, judge_anew, main, read_measured, recompute
+from attnres.probe.report import write_report
 from tests.probe.probed_tables import measured, write_folder
 
 MOTIF = ("embedding", "mlp", "early")
@@ -98,6 +99,24 @@ def test_combine_of_parts_is_the_whole_grid(tmp_path, whole):
     assert [found["folder"] for found in registered["parts"]] == [folder.name for folder in parts]
     assert len(registered["cells"]) == 24
     assert recompute(read_measured(tmp_path / "out"))[1] == []
+
+
+def test_estimates_from_gradients_are_kept_by_recompute_and_combine(tmp_path, whole):
+    effects = TABLES[0][TABLES[0]["model"] == "attnres"]
+    estimates = effects[["model", "cell", "window", "document", "split", "family"]].assign(estimate=effects["dnll"])
+    estimates.to_parquet(whole / "attribution.parquet")
+    judge_anew(read_measured(whole), tmp_path / "anew")
+    assert (tmp_path / "anew" / "attribution.parquet").is_file()
+    anew = json.loads((tmp_path / "anew" / "summary.json").read_text())
+    assert anew["attribution_rank"]["rho"] == pytest.approx(1) and len(anew["attribution"]) == 23
+    parts = [part(tmp_path, "embedding", "older"), part(tmp_path, "older", "current", "recent")]
+    for folder in parts:
+        families = json.loads((folder / "preregistration.json").read_text())["probe"]["families"]
+        estimates[estimates["family"].isin(families)].to_parquet(folder / "attribution.parquet")
+    combine(parts, tmp_path / "out")
+    joint = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert joint["attribution_rank"] == anew["attribution_rank"]
+    assert "estimated to first order" in write_report(tmp_path / "out").read_text()
 
 
 def test_combine_refuses_parts_that_do_not_belong_together(tmp_path):
