@@ -1,26 +1,34 @@
 """What `results/*_small_replication` keeps of `scripts/replication.sh`.
 
-    python scripts/replication_record.py replication results/DATE_small_replication --seeds 0
+    python scripts/replication_record.py replication results/DATE_small_replication --seeds 0 1 2
 
 Per seed: settings and curves of the runs; what the probe measured, judged by this version of the code; the report of
 the first seed; and `digests.txt` of what must come out again on the same machine, Python, torch and thread count: the
-last weights of each run, and the tables. Run it on another copy of a seed and compare the two `digests.txt`.
+last weights of each run, and the tables. Run it on another copy of a seed and compare the two `digests.txt`. Beside
+them `seeds/`, side by side, and `trajectory/`, what `scripts/trajectory.sh` made of the first seed: verdicts at each
+step, without what was measured.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from attnres.probe.recompute import judge_anew, read_measured
 from attnres.probe.report import write_report
+from attnres.probe.report_compare import write_comparison
 from attnres.run_folder import COMPLETE, MANIFEST, sha256_of
 
 ARMS = ("attnres_small", "vanilla_small", "same_base_frozen", "same_base_full")
 OF_A_RUN = ("config.yaml", "metrics.csv", "routing.csv", "provenance.json", COMPLETE)
 MEASURED = ("effects.parquet", "mass.parquet", "eligibility.csv")
 JUDGED = ("cells.csv", "contrasts.csv", "dissociation.csv", "motifs.csv", "routing.csv", "spearman.csv")
-LEFT_OUT = ("effects.csv", "figures", "report.html")  # the parquet holds the first, the report the others
+# The parquet holds the first, the page the second.
+LEFT_OUT = ("effects.csv", "figures")
+PAGE = "report.html"
+COMPARED = ("report.md", "contrasts.csv")
+AT_A_STEP = ("cells.csv", "motifs.csv", "contrasts.csv", "summary.json", "preregistration.json")
 
 
 def only(seed: Path, pattern: str, last_file: str) -> Path:
@@ -50,12 +58,33 @@ def record(seed: Path, out: Path, with_page: bool) -> None:
         digests.append(f"{files['model/model.safetensors']['sha256']}  {arm}/{last.name}/model.safetensors")
     judge_anew(read_measured(probe), out / "probe")
     write_report(out / "probe")
-    for name in LEFT_OUT[: 2 if with_page else 3]:
+    for name in LEFT_OUT if with_page else (*LEFT_OUT, PAGE):
         path = out / "probe" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (*MEASURED, *JUDGED):
         digests.append(f"{sha256_of(out / 'probe' / name)}  probe/{name}")
     (out / "digests.txt").write_text("\n".join(digests) + "\n")
+
+
+def compare(probes: list[Path], out: Path, figure: str) -> None:
+    """The report of several probes in words, and the figure that shows them side by side."""
+    with TemporaryDirectory() as folder:
+        drawn = write_comparison(probes, Path(folder)).parent
+        copy(COMPARED, drawn, out)
+        shutil.copyfile(drawn / "figures" / figure, out / "effects.svg")
+
+
+def trajectory(seed: Path, last: Path, out: Path) -> None:
+    """Each step of `scripts/trajectory.sh`, judged by this version, and the path that they make."""
+    with TemporaryDirectory() as folder:
+        probes = []
+        for step in sorted(path for path in seed.glob("trajectory/step_*") if path.is_dir()):
+            probe = only(step, "probe_*", PAGE)
+            probes.append(Path(folder) / step.name)
+            judge_anew(read_measured(probe), probes[-1])
+            write_report(probes[-1])
+            copy(AT_A_STEP, probes[-1], out / step.name)
+        compare([*probes, last], out, "steps-0.svg")
 
 
 def main() -> None:
@@ -68,6 +97,14 @@ def main() -> None:
         name = f"seed{seed}"
         record(given.folder / name, given.out / name, with_page=seed == given.seeds[0])
         print(given.out / name)
+    probes = [given.out / f"seed{seed}" / "probe" for seed in given.seeds]
+    if len(probes) > 1:
+        compare(probes, given.out / "seeds", "seeds-0.svg")
+        print(given.out / "seeds")
+    first = given.folder / f"seed{given.seeds[0]}"
+    if (first / "trajectory").is_dir():
+        trajectory(first, probes[0], given.out / "trajectory")
+        print(given.out / "trajectory")
 
 
 if __name__ == "__main__":
