@@ -34,6 +34,12 @@ MEASURED = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parq
             "viewer.json", "attribution.parquet")  # fmt: skip
 # Largest difference, in nats/token or of a share, between two measurements of one thing: rounding on other machines.
 OVERLAP_LIMIT = 1e-5
+_COLUMNS = {
+    "effects": ("model", "window", "document", "split", "cell", "intervention", *SLICE, *EFFECTS),
+    "mass": ("model", "window", "document", "split", *SLICE, *MASSES),
+    "eligibility": ("model", "cell", "intervention", *SLICE, "eligible", "reason"),
+    "attribution": ("model", "window", "document", "split", "cell", "estimate"),
+}
 _AGAIN = "run the probe again, or name the folder that it wrote"
 
 
@@ -83,6 +89,10 @@ def _check(measured: Measured) -> None:
     for key in ("statistics", "probe", "splits", "hashes", "cells", "exclusions"):
         if key not in registered:
             raise DataError(f"{folder / 'preregistration.json'} lacks {key!r}: {_AGAIN}")
+    for name, columns in _COLUMNS.items():
+        table = getattr(measured, name)
+        if missing := [column for column in columns if column not in table] if len(table) else []:
+            raise DataError(f"{folder}: {name} lacks the column {missing[0]!r}: {_AGAIN}")
     for name, table in (("effects", measured.effects), ("mass", measured.mass)):
         drawn = table[["split", "window", "document"]].drop_duplicates()
         for split, expected in registered["splits"].get("sha256", {}).items():

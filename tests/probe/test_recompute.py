@@ -61,6 +61,18 @@ def test_recompute_refuses_a_summary_without_models(whole):
         read_measured(whole)
 
 
+@pytest.mark.parametrize("name", ["effects.parquet", "mass.parquet", "eligibility.csv", "attribution.parquet"])
+def test_recompute_names_a_column_that_is_missing(whole, capsys, name):
+    frame = pd.read_csv(whole / name) if name.endswith("csv") else pd.read_parquet(whole / "effects.parquet")
+    if name.endswith("csv"):
+        frame.drop(columns="eligible").to_csv(whole / name, index=False)
+    else:
+        frame.drop(columns="window").to_parquet(whole / name)
+    assert main([str(whole)]) == 3
+    missing = "eligible" if name.endswith("csv") else "window"
+    assert f"{name.split('.')[0]} lacks the column '{missing}'" in capsys.readouterr().err
+
+
 def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):
     told = (whole / "summary.json").read_text()
     summary = json.loads(told)
