@@ -76,15 +76,13 @@ def compare(probes: list[Path], out: Path, figure: str) -> None:
 
 def trajectory(seed: Path, last: Path, out: Path) -> None:
     """Each step of `scripts/trajectory.sh`, judged by this version, and the path that they make."""
-    with TemporaryDirectory() as folder:
-        probes = []
-        for step in sorted(path for path in seed.glob("trajectory/step_*") if path.is_dir()):
-            probe = only(step, "probe_*", PAGE)
-            probes.append(Path(folder) / step.name)
-            judge_anew(read_measured(probe), probes[-1])
-            write_report(probes[-1])
-            copy(AT_A_STEP, probes[-1], out / step.name)
-        compare([*probes, last], out, "steps-0.svg")
+    probes = []
+    for step in sorted(path for path in seed.glob("trajectory/step_*") if path.is_dir()):
+        probes.append(out / step.name)
+        judge_anew(read_measured(only(step, "probe_*", PAGE)), probes[-1])
+    compare([*probes, last], out, "steps-0.svg")
+    for path in (path for probe in probes for path in probe.iterdir() if path.name not in AT_A_STEP):
+        path.unlink()
 
 
 def main() -> None:
