@@ -84,15 +84,23 @@ def trajectory(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     table = cells[cells["eligible"].astype(bool)].dropna(subset=["step", "dnll"])
     steps = sorted(set(table["step"].astype(float)))
     figure, handles = _panels(table.assign(x=table["step"].astype(float)), margin, None, "training step")
+    in_log = bool(steps) and steps[0] > 0 and steps[-1] / steps[0] > 8
     for axis in figure.axes:
-        if steps and steps[0] > 0 and steps[-1] / steps[0] > 8:
+        if in_log:
             axis.set_xscale("log")
         if len(steps) <= 8:
-            axis.set_xticks(steps, [f"{s:g}" for s in steps], rotation=40, ha="right")
+            axis.set_xticks(steps, _step_labels(np.log(steps) if in_log else np.asarray(steps), steps),
+                            rotation=40, ha="right")  # fmt: skip
             axis.set_xticks([], minor=True)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)))
     figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     return figure
+
+
+def _step_labels(places: np.ndarray, steps: Sequence[float]) -> list[str]:
+    """A label for each step but those so near to the next one that the two would touch."""
+    near = np.diff(places) < 0.12 * (places[-1] - places[0]) if len(places) > 1 else np.zeros(0, dtype=bool)
+    return ["" if too_near else f"{step:g}" for step, too_near in zip(steps, [*near, False], strict=True)]
 
 
 def _panels(

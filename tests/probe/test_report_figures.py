@@ -202,6 +202,9 @@ def test_trajectory_has_a_point_for_each_step():
     marks = [line for a in figure.axes for line in a.lines if line.get_marker() not in ("None",)]
     assert len(marks) == 3 * of(CELLS, "attnres")["eligible"].sum()
     assert {a.get_xscale() for a in figure.axes} == {"log"}
+    near = pd.concat([of(CELLS, "attnres").assign(step=s) for s in (16, 128, 1024, 1465)])
+    axis = figures_doses.trajectory(near, "run", MARGIN).axes[-1]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["16", "128", "", "1465"]
 
 
 def test_rank_slopegraph_orders_the_cells_by_effect():
