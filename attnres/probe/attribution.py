@@ -74,7 +74,7 @@ def run_attribution(subject: Subject, specs: Sequence[Spec], execution: Executio
     """
     cells = {spec.id: spec.cell(subject.plan) for spec in specs if spec.what == "mask"}
     device = subject.model.lm_head.weight.device
-    for split, number, part in execution.mine():
+    for split, number, part in execution.mine() if cells else ():
         key = Key(subject.name, split, number, _KIND)
         if split != SPLIT or execution.parts.has(key):
             continue
@@ -88,16 +88,20 @@ def run_attribution(subject: Subject, specs: Sequence[Spec], execution: Executio
             pd.DataFrame({"model": subject.name, "cell": name, **identity, "estimate": found[cell].cpu().numpy()})
             for name, cell in cells.items()
         ]
-        execution.parts.put(key, pd.concat(rows, ignore_index=True) if rows else pd.DataFrame())
+        execution.parts.put(key, pd.concat(rows, ignore_index=True))
     return True
 
 
-def attribution_table(subject: Subject, execution: Execution) -> pd.DataFrame:
+def attribution_table(subject: Subject, specs: Sequence[Spec], execution: Execution) -> pd.DataFrame:
     """The estimates of a finished walk, from its parts: one row per model x cell x window of the confirmatory split.
+
+    Empty where no spec is a mask.
 
     Raises:
         StorageError: where a part is missing, because it was damaged after it was written.
     """
+    if not any(spec.what == "mask" for spec in specs):
+        return pd.DataFrame()
     tables = []
     for split, number, _ in execution.batches():
         if split == SPLIT:

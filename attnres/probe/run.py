@@ -353,7 +353,7 @@ def _run(
             found.append(tables_of(subject, specs, execution))
             if settings.attribution and subject.name == TRAINED:
                 together(partial(run_attribution, subject, specs, execution))
-                attribution = attribution_table(subject, execution)
+                attribution = attribution_table(subject, specs, execution)
     parts_of_tables = zip(*((t.effects, t.mass, t.routing, t.clean) for t in found), strict=True)
     effects, mass, routing, clean = (pd.concat(some, ignore_index=True) for some in parts_of_tables)
     return Tables(effects, mass, routing, clean, attribution), pd.concat(listed, ignore_index=True)

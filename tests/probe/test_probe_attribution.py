@@ -5,11 +5,13 @@ import torch
 from scipy import stats
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
+from attnres.data import ProbeWindows
 from attnres.model.families import family_indices, grid
-from attnres.probe.attribution import attribution
+from attnres.probe.attribution import attribution, attribution_table, run_attribution
 from attnres.probe.dissociation import against_exact
 from attnres.probe.interventions import Intervention, parse
-from attnres.probe.passes import run_clean, run_edited
+from attnres.probe.passes import Subject, run_clean, run_edited
+from attnres.probe.runner import Execution
 from tests.probe.probed_tables import QUICK, SLICES, measured
 
 
@@ -75,6 +77,29 @@ def test_attribution_ranks_cells_like_a_small_dose_of_ablation():
     rho = stats.spearmanr(*zip(*pairs, strict=True))[0]
     print(f"\n{len(cells)} cells: Spearman {rho:.3f} of the estimate and the exact effect of scale:0.98")
     assert rho > 0.8
+
+
+def test_estimates_by_window_are_kept_batch_by_batch_and_are_none_without_a_mask():
+    made = model(queries=0.01).float()
+    subject = Subject("attnres", made)
+    ids, labels = tokens(5)
+    windows = {"confirm": ProbeWindows(ids, labels, torch.arange(5) * 3, torch.arange(5) * 2)}
+    specs = [parse("mask:embedding@mlp.late"), parse("mean@attn.early"), parse("mask:current@attn.mid")]
+    execution = Execution(windows, batch_size=2)
+    assert run_attribution(subject, specs, execution)
+    table = attribution_table(subject, specs, execution)
+    found = table.set_index(["cell", "window"])["estimate"]
+    assert len(found) == 10 and set(table["split"]) == {"confirm"}
+    cell = specs[0].cell(made.model.plan)
+    whole = attribution(made, ids, labels, [cell])[cell]
+    identity = dict(zip(windows["confirm"].window_ids.tolist(), whole.tolist(), strict=True))
+    assert found[specs[0].id].to_dict() == pytest.approx(identity, rel=1e-4)
+    again = Execution(windows, batch_size=2, parts=execution.parts, stop=lambda: True)
+    assert run_attribution(subject, specs, again), "what is kept is not estimated again, so nothing can be stopped"
+    assert not run_attribution(subject, specs, Execution(windows, 2, stop=lambda: True))
+    none = [parse("mean@attn.early")]
+    assert run_attribution(subject, none, Execution(windows, 2))
+    assert attribution_table(subject, none, Execution(windows, 2)).empty
 
 
 def test_against_exact_ranks_cells_by_document():
