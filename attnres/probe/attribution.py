@@ -7,10 +7,10 @@ weights is `G_i = a_i <dL/dh, v_i>`, and the estimate needs nothing else:
     dL_F = sum_{i not in F} G_i / (1 - a_F) - sum_i G_i
 
 A cell's estimate sums those of its reads. It is exact as the displacement goes to zero, and no substitute for the exact
-ablation: removing a family whole is no small step, and at a trained model the first order nearly cancels. On two runs
-of 6 layers, width 64 and 750 steps, over 18 cells and 16 windows, its Spearman correlation with exact masking was 0.31
-and 0.25; for `scale:0.98` on an untrained model it was 0.99. `probe.attribution=true` sets the two side by side for the
-model at hand.
+ablation: removing a family whole is no small step, and at a trained model the first order nearly cancels. On the three
+seeds of the small replication, over 19 cells and 128 documents, its Spearman correlation with exact masking was .02, -.30
+and -.14, every interval around zero; for `scale:0.98` on an untrained model it was .99. `probe.attribution=true` sets the
+two side by side for the model at hand.
 """
 
 from collections.abc import Sequence
