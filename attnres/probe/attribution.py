@@ -8,9 +8,9 @@ weights is `G_i = a_i <dL/dh, v_i>`, and the estimate needs nothing else:
 
 A cell's estimate sums those of its reads. It is exact as the displacement goes to zero, and no substitute for the exact
 ablation: removing a family whole is no small step, and at a trained model the first order nearly cancels. On the three
-seeds of the small replication, over 19 cells and 128 documents, its Spearman correlation with exact masking was .02, -.30
-and -.14, every interval around zero; for `scale:0.98` on an untrained model it was .99. `probe.attribution=true` sets the
-two side by side for the model at hand.
+seeds of the small replication, over 19 cells and 128 documents, its Spearman correlation with exact masking was .02,
+-.30 and -.14, every interval around zero; for `scale:0.98` on an untrained model it was .99. `probe.attribution=true`
+sets the two side by side for the model at hand.
 """
 
 from collections.abc import Sequence
