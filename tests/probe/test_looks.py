@@ -1,31 +1,39 @@
 """Earlier looks: which probes beside a new one had results for its cells before it was registered."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from attnres.probe.looks import RESULTS, earlier_looks
-from tests.probe.probed_tables import FAMILIES, WHOLE, measured, write_folder
 
-TABLES = measured()
+FAMILIES = ("embedding", "current")
 
 
-def probed(folder, *families, config=WHOLE, with_results=True, **changed):
-    write_folder(folder, *TABLES, config, families or FAMILIES, **changed)
+def probed(folder, *families, margin=0.005, with_results=True, checkpoint="def"):
+    """What a probe of these families leaves of its plan; `preregistration` in `outputs.py` makes the real one."""
+    families = families or FAMILIES
+    registered = {
+        "written": "2026-01-01T00:00:00+00:00",
+        "cells": [f"mask:{family}@{sublayer}.early" for family in families for sublayer in ("attn", "mlp")],
+        "statistics": {"margin": margin, "seed": 0},
+        "probe": {"families": families, "length": 64},
+        "splits": {"sha256": {"confirm": "windows"}},
+        "hashes": {"checkpoint": checkpoint},
+    }
+    folder.mkdir()
+    (folder / "preregistration.json").write_text(json.dumps(registered))
     if with_results:
         (folder / RESULTS).touch()
-    return json.loads((folder / "preregistration.json").read_text())
+    return registered
 
 
 def test_a_probe_that_judges_the_same_cells_by_another_margin_is_a_look(tmp_path):
-    probed(tmp_path / "probe_a", "embedding", config=replace(WHOLE, margin=0.02))
-    registered = probed(tmp_path / "probe_b")
-    (look,) = earlier_looks(tmp_path / "probe_b", registered)
+    probed(tmp_path / "probe_a", "embedding", margin=0.02)
+    (look,) = earlier_looks(tmp_path / "probe_b", probed(tmp_path / "probe_b"))
     assert look == {
         "folder": "probe_a",
         "written": "2026-01-01T00:00:00+00:00",
-        "cells": sum(":embedding@" in cell for cell in registered["cells"]),
+        "cells": 2,
         "same_windows": True,
         "differs": {"margin": 0.02, "families": ["embedding"]},
     }
@@ -36,7 +44,7 @@ def test_a_probe_that_judges_the_same_cells_by_another_margin_is_a_look(tmp_path
     [
         (["current"], {}),  # a part of the same swept grid
         (["embedding"], {"with_results": False}),  # nothing to look at yet
-        (["embedding"], {"hashes": {"data": "abc", "checkpoint": "another"}}),
+        (["embedding"], {"checkpoint": "another"}),
     ],
 )
 def test_what_is_no_look(tmp_path, families, changed):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -268,15 +269,18 @@ def test_report_warns_of_unverified_checkpoints_failed_checks_and_unpaired_windo
 
 
 def test_report_warns_of_earlier_looks_whose_settings_can_turn_a_verdict(folder, render):
-    def registered(*looks):
-        plan = json.loads((folder / "preregistration.json").read_text())
-        (folder / "preregistration.json").write_text(json.dumps(plan | {"earlier_looks": looks}))
-        return Page(render(folder)[0]).text
+    tables = read_tables(folder)
+
+    def told(*looks):
+        found = report_text.warnings(replace(tables, preregistration={"earlier_looks": [*looks]}))
+        return "\n".join(text for text in found if "earlier probe" in text)
 
     another = {"folder": "probe_b", "differs": {"margin": 0.02, "families": ["older"]}}
-    assert "earlier probe" not in registered({"folder": "probe_a", "differs": {"families": ["older"]}}, 3, {})
-    assert "1 earlier probe(s) of this checkpoint" in registered(another)
-    assert "probe_b (margin=0.02)" in registered(another)
+    assert told({"folder": "probe_a", "differs": {"families": ["older"]}}, 3, {}) == ""
+    assert "1 earlier probe(s) of this checkpoint" in told(another) and "probe_b (margin=0.02)" in told(another)
+    plan = json.loads((folder / "preregistration.json").read_text())
+    (folder / "preregistration.json").write_text(json.dumps(plan | {"earlier_looks": [another]}))
+    assert told(another) in Page(render(folder)[0]).text
 
 
 def test_report_escapes_hostile_text_wherever_it_stands(folder, render):
