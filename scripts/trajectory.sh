@@ -4,7 +4,7 @@
 #
 #     scripts/trajectory.sh SEED [FOLDER]       # after scripts/replication.sh SEED [FOLDER]
 #
-# About ten minutes a step on one core. Stopped anywhere, the same command goes on.
+# About a quarter of an hour a step on one core. Stopped anywhere, the same command goes on.
 set -euo pipefail
 seed=${1:?usage: scripts/trajectory.sh SEED [FOLDER]}
 out=${2:-replication}

@@ -24,7 +24,7 @@ ARROWS = {
     "cli": {"training", "probe", "config", "provenance", "run_folder", "errors"},
 }
 TABLES_ONLY = ("statistics", "inference", "dissociation", "motifs", "claims", "judgement", "recompute", "power",
-               "plotting",
+               "simulation", "plotting",
                *sorted(path.stem for path in (PACKAGE / "probe").glob("report*.py")),
                *sorted(path.stem for path in (PACKAGE / "probe").glob("figures*.py")))  # fmt: skip
 # library -> where it may be imported

@@ -25,7 +25,9 @@ STOP = ".stop"
 
 
 class Key(NamedTuple):
-    """Which piece: `kind` is `"effects"` (some cells of the batch), `"mass"`, `"routing"` or `"clean"`."""
+    """Which piece: `kind` is `"effects"` (some cells of the batch), `"mass"`, `"routing"`, `"clean"` or
+    `"attribution"`.
+    """
 
     model: str
     split: str

@@ -3,11 +3,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from attnres.probe import power
-from attnres.probe.power import DISTRIBUTIONS, Scenario, measure
+from attnres.probe import power, simulation
+from attnres.probe.inference import StatisticsConfig, sign_flip_p
+from attnres.probe.power import Scenario, measure
+from attnres.probe.simulation import DISTRIBUTIONS
 
 NORMAL, HEAVY, SKEWED, LEFT = DISTRIBUTIONS
 
@@ -23,51 +26,53 @@ def most(replicates, level=0.05):
 
 @pytest.mark.parametrize("distribution", [NORMAL, SKEWED])
 def test_family_wise_error_is_held_over_a_grid(distribution):
-    assert rate(power.family_wise, 200, distribution) <= most(200)
+    assert rate(simulation.family_wise, 200, distribution) <= most(200)
     if distribution == SKEWED:
-        assert rate(power.student_family_wise, 200, distribution) > most(200)
+        assert rate(simulation.student_family_wise, 200, distribution) > most(200)
 
 
 def test_family_wise_error_is_held_with_several_windows_a_document_and_not_by_window():
     by_window = {"shared": 0.5, "windows": 8}
-    assert rate(lambda draw, n: power.family_wise(draw, n, **by_window), 100, documents=60, chunk=50) <= most(100)
-    naive = rate(lambda draw, n: power.family_wise(draw, n, unit="window", **by_window), 10, documents=60, chunk=10)
+    assert rate(lambda draw, n: simulation.family_wise(draw, n, **by_window), 100, documents=60, chunk=50) <= most(100)
+    naive = rate(
+        lambda draw, n: simulation.family_wise(draw, n, unit="window", **by_window), 10, documents=60, chunk=10
+    )
     assert naive > most(10)
 
 
 def test_detection_of_a_small_effect_with_512_documents():
-    found = rate(power.detection, 60, documents=512, chunk=30)
+    found = rate(simulation.detection, 60, documents=512, chunk=30)
     assert found >= stats.binom.ppf(0.001, 60, 0.92) / 60
 
 
 @pytest.mark.parametrize("where", ["dnll", "kl"])
 def test_null_at_the_margin_is_rare(where):
-    level = rate(lambda draw, n: power.null_at_margin(draw, n, where), 2000, SKEWED, chunk=1000)
+    level = rate(lambda draw, n: simulation.null_at_margin(draw, n, where), 2000, SKEWED, chunk=1000)
     assert 0.02 <= level <= most(2000)
 
 
 def test_dissociation_holds_level_and_has_power():
-    assert rate(lambda draw, n: power.dissociation(draw, n, pilot=32), 100) <= most(100)
-    assert rate(lambda draw, n: power.dissociation(draw, n, pilot=64, effect=0.8), 20) >= 0.9
+    assert rate(lambda draw, n: simulation.dissociation(draw, n, pilot=32), 100) <= most(100)
+    assert rate(lambda draw, n: simulation.dissociation(draw, n, pilot=64, effect=0.8), 20) >= 0.9
 
 
 def test_motifs_hold_level_at_either_door_and_are_found():
     # Cells as their family elsewhere: every comparison with a control passes, so this one alone holds the level.
-    alike = rate(lambda draw, n: power.motif(draw, n, "alike"), 200)
+    alike = rate(lambda draw, n: simulation.motif(draw, n, "alike"), 200)
     assert 0 < alike <= most(200)
-    assert rate(lambda draw, n: power.motif(draw, n, "controlled"), 200) <= most(200)
-    assert rate(lambda draw, n: power.motif(draw, n, "planted"), 30, documents=512) >= 0.8
+    assert rate(lambda draw, n: simulation.motif(draw, n, "controlled"), 200) <= most(200)
+    assert rate(lambda draw, n: simulation.motif(draw, n, "planted"), 30, documents=512) >= 0.8
 
 
 def test_what_predicts_effect_holds_level_and_is_found():
-    assert rate(power.ranking, 100, documents=64) <= most(100)
-    assert rate(lambda draw, n: power.ranking(draw, n, better=True), 10, documents=64) == 1
+    assert rate(simulation.ranking, 100, documents=64) <= most(100)
+    assert rate(lambda draw, n: simulation.ranking(draw, n, better=True), 10, documents=64) == 1
 
 
 def test_flip_p_decides_as_all_of_the_flips_do():
-    rng, config = power.np.random.default_rng(0), power.StatisticsConfig()
+    rng, config = np.random.default_rng(0), StatisticsConfig()
     values = rng.normal(size=(60, 300)) + 0.3
-    staged, whole = power.flip_p(values, config, ((99, 0.06), (999, 0.01))), power.sign_flip_p(values, 9999, 0)
+    staged, whole = simulation.flip_p(values, config, ((99, 0.06), (999, 0.01))), sign_flip_p(values, 9999, 0)
     small = whole <= 0.05 / 24
     assert 10 < small.sum() < 290
     assert (staged[small] == whole[small]).all() and (staged[~small] > 0.05 / 24).all()
@@ -75,13 +80,13 @@ def test_flip_p_decides_as_all_of_the_flips_do():
 
 def test_measure_does_not_depend_on_how_many_are_asked_for_beyond_whole_chunks():
     scenario = power.scenarios()[0]
-    small = replace(scenario, draw=power.null_at_margin(DISTRIBUTIONS[NORMAL], 20), documents=20, chunk=50)
+    small = replace(scenario, draw=simulation.null_at_margin(DISTRIBUTIONS[NORMAL], 20), documents=20, chunk=50)
     counts = [measure(small, replicates).count for replicates in (50, 100, 50)]
     assert counts[0] == counts[2] <= counts[1]
 
 
 def test_run_writes_its_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    draw = power.null_at_margin(DISTRIBUTIONS[NORMAL], 20)
+    draw = simulation.null_at_margin(DISTRIBUTIONS[NORMAL], 20)
     few = [Scenario("null", "error", NORMAL, 20, draw, 4000, 1000), Scenario("same", "shown", NORMAL, 20, draw, 50, 50)]
     monkeypatch.setattr(power, "scenarios", lambda: few[:1])
     power.run(tmp_path, full=True)
