@@ -1,6 +1,6 @@
 """Probe the depth routing of a checkpoint against its vanilla baseline: `python probe.py --help`."""
 
-from attnres.cli import probe
+from attnres.commands.hydra_door import probe
 
 if __name__ == "__main__":
     probe()

@@ -190,7 +190,7 @@ def main() -> None:
         tokenizer = f"--tokenizer {given.tokenizer}" if given.tokenizer else f"--vocab-size {given.vocab_size}"
         settings = f"{tokenizer} --workers {given.workers} --validation 0.01 --probe-pilot 0.01"
         settings += " --probe-confirm 0.02 --shard-tokens 16777216"
-        words = ["-m", "attnres.data.make_shards", "--out", str(outs[name]), "--paths", str(given.work / "source")]
+        words = ["-m", "attnres.commands.make_shards", "--out", str(outs[name]), "--paths", str(given.work / "source")]
         return [sys.executable, *words, *settings.split()]
 
     began = time.monotonic()

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
-from attnres.model.families import Places
+from attnres.depth.families import Places
+from attnres.interventions.grid import candidates
+from attnres.interventions.ids import Spec
 from attnres.model.modeling import Context
-from attnres.probe.candidates import candidates
 from attnres.probe.config import GridConfig
-from attnres.probe.interventions import Spec
 from attnres.probe.passes import first_layer, run_clean, run_edited
 
 LIMIT = 1.15

@@ -15,10 +15,10 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from attnres.probe.recompute import judge_anew, read_measured
-from attnres.probe.report import write_report
-from attnres.probe.report_compare import write_comparison
-from attnres.run_folder import COMPLETE, MANIFEST, sha256_of
+from attnres.files.run_folder import COMPLETE, MANIFEST, sha256_of
+from attnres.report.comparison import write_comparison
+from attnres.report.report import write_report
+from attnres.statistics.rejudge import judge_anew, read_measured
 
 ARMS = ("attnres_small", "vanilla_small", "same_base_frozen", "same_base_full")
 OF_A_RUN = ("config.yaml", "metrics.csv", "routing.csv", "provenance.json", COMPLETE)

@@ -20,4 +20,4 @@ for step in 00000016 00000064 00000128 00000256 00000512 00001024; do
         probe.schedules="[uniform]" probe.documents_pilot=128 probe.documents_confirm=512
     probes+=("$runs/trajectory/step_$step"/probe_*)
 done
-"$python" -m attnres.probe.report "${probes[@]}" "$runs"/probe_attnres_small-* --out "$runs/trajectory/report"
+"$python" -m attnres.commands.report "${probes[@]}" "$runs"/probe_attnres_small-* --out "$runs/trajectory/report"

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Files of few and long tests. They go first: a worker that gets one last keeps the other waiting.
-_LONG = ("test_training_launch", "test_faults", "test_end_to_end", "test_training_distributed", "test_modeling")
+_LONG = ("test_launch", "test_faults", "test_end_to_end", "test_distributed", "test_modeling")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,35 +7,40 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
-SHARED = {"errors", "version", "faults", "json_files", "redaction"}
-# small modules that every room may use
-TOOLS = {"faults", "json_files", "redaction"}
+SHARED = {"errors", "version", "faults"}
+TOOLS = {"errors", "faults"}
 # room -> the other rooms and modules of the package that it may import
 ARROWS = {
+    "files": {"version"},
+    "depth": set(),
     "ops": set(),
-    "model": {"ops", "errors"},
-    "data": {"config", "errors"},
-    "config": {"errors"},
-    "provenance": {"version"},
-    "run_folder": {"errors"},
-    "locate": {"model", "run_folder", "errors"},
-    "training": {"ops", "model", "data", "config", "provenance", "run_folder", "locate", "errors", "version"},
-    "probe": {"ops", "model", "data", "config", "provenance", "run_folder", "locate", "errors", "version"},
-    "cli": {"training", "probe", "config", "provenance", "run_folder", "errors"},
-}
-TABLES_ONLY = ("statistics", "inference", "dissociation", "motifs", "claims", "judgement", "recompute", "power",
-               "simulation", "plotting",
-               *sorted(path.stem for path in (PACKAGE / "probe").glob("report*.py")),
-               *sorted(path.stem for path in (PACKAGE / "probe").glob("figures*.py")))  # fmt: skip
+    "processes": set(),
+    "config": set(),
+    "model": {"ops", "depth", "files"},
+    "data": {"config", "files"},
+    "tables": {"model", "probe"},
+    "interventions": {"model", "depth", "data", "probe", "statistics"},
+    "statistics": {"config", "files", "tables", "report"},
+    "training": {"ops", "depth", "model", "data", "config", "files", "processes", "version"},
+    "probe": {"ops", "depth", "model", "data", "config", "files", "processes", "tables", "interventions", "statistics",
+              "report", "version"},
+    "report": {"files", "tables", "statistics"},
+    "commands": {"training", "probe", "report", "statistics", "data", "config", "files"},
+}  # fmt: skip
+TABLES_ONLY = tuple(
+    str(path.relative_to(PACKAGE))
+    for room in ("statistics", "report")
+    for path in sorted((PACKAGE / room).rglob("*.py"))
+)
 # library -> where it may be imported
 CONFINED = {
-    "hydra": {"cli.py"},
-    "omegaconf": {"cli.py"},
-    "lightning": {"training", "data", "probe/runner.py"},
+    "hydra": {"commands/hydra_door.py"},
+    "omegaconf": {"commands/hydra_door.py"},
+    "lightning": {"training", "data/windows", "probe/runner.py"},
     "triton": {"ops/triton_"},
     "wandb": {"training"},
     "torchmetrics": {"training"},
-    "jinja2": {"probe/report_page.py"},
+    "jinja2": {"report/page.py"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -88,7 +93,7 @@ def test_libraries_stay_in_their_rooms(path):
 
 @pytest.mark.parametrize("name", TABLES_ONLY)
 def test_tables_never_import_the_model(name):
-    for imported in imports(PACKAGE / "probe" / f"{name}.py"):
+    for imported in imports(PACKAGE / name):
         assert not imported.startswith(("torch", "transformers", "attnres.model", "attnres.data")), imported
         assert imported not in {f"attnres.probe.{name}" for name in ("runner", "run", "viewer", "measure")}, imported
 

@@ -59,7 +59,9 @@ def test_dockerfile_python_lines_work_in_a_fresh_environment(tmp_path):
     for line in docker_lines():
         done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
-    check = "import attnres, attnres.cli, attnres.training.fit, attnres.probe.run; print(attnres.__file__)"
+    check = (
+        "import attnres, attnres.commands.hydra_door, attnres.training.fit, attnres.probe.run; print(attnres.__file__)"
+    )
     done = subprocess.run(
         [".venv/bin/python", "-c", check], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

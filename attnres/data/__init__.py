@@ -1,11 +1,11 @@
 """Text to token windows: sources, tokenizer, shards, the stateless order of training, probe windows."""
 
-from attnres.data.build import prepare
 from attnres.data.config import SPLITS, DataConfig
-from attnres.data.corpus import Corpus, open_corpus
-from attnres.data.datamodule import TextDataModule, documents_in_step
-from attnres.data.sampler import BatchSampler, accumulation_steps, global_batch
-from attnres.data.windows import NO_TARGET, ProbeWindows, WindowDataset, probe_windows
+from attnres.data.corpus.build import prepare
+from attnres.data.corpus.corpus import Corpus, open_corpus
+from attnres.data.windows.datamodule import TextDataModule, documents_in_step
+from attnres.data.windows.sampler import BatchSampler, accumulation_steps, global_batch
+from attnres.data.windows.windows import NO_TARGET, ProbeWindows, WindowDataset, probe_windows
 
 __all__ = [
     "NO_TARGET",

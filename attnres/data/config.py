@@ -21,7 +21,7 @@ class DataConfig:
             "prepared" (folders of token shards). The splits and the tokenizer of a prepared folder were decided when
             it was made.
         paths: For "files": `.txt`, `.jsonl` or `.parquet` files, folders of them, or globs. For "prepared": folders
-            that `python -m attnres.data.make_shards` or an earlier run made.
+            that `python -m attnres.commands.make_shards` or an earlier run made.
         weights: Shares of the training windows that come from each of several prepared folders; they are made to sum
             to 1.
         text_column: For "files": the field of a `.jsonl` or `.parquet` row that holds the text.

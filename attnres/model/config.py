@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config
 
-from attnres.model.plan import DepthPlan
+from attnres.depth.plan import DepthPlan
 
 
 @strict
@@ -14,7 +14,7 @@ class Qwen3AttnResConfig(Qwen3Config):
 
     Args:
         attnres_sources: source convention: `"block_sum"` (the paper's equations), `"seeded_block_sum"`,
-            `"cumulative"` or `"full"`; see `attnres.model.plan`.
+            `"cumulative"` or `"full"`; see `attnres.depth.plan`.
         attnres_num_blocks: blocks asked for; a block spans `ceil(num_hidden_layers / attnres_num_blocks)` layers.
         attnres_bias: `"newest"`: one bias a read, added to the newest source; `"sources"`: one a source.
         attnres_content: whether routing may depend on content; False freezes the queries at zero, so that the biases

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from attnres.errors import CheckpointError
-from attnres.json_files import read_object
+from attnres.files.json_files import read_object
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.released import read_weights, released_convention, weight_files

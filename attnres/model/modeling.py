@@ -22,8 +22,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 from transformers.utils import can_return_tuple
 
+from attnres.depth.plan import DepthPlan
 from attnres.model.config import Qwen3AttnResConfig
-from attnres.model.plan import DepthPlan
 from attnres.model.released import released_weights
 from attnres.model.routing import added, attach_read, init_read, open_block, read_parameters, route
 from attnres.model.state import DepthState, Edit, Observer, Trace

@@ -10,8 +10,8 @@ from transformers import initialization as init
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from attnres import ops
+from attnres.depth.plan import DepthPlan, ReadPlan
 from attnres.model.config import Qwen3AttnResConfig
-from attnres.model.plan import DepthPlan, ReadPlan
 from attnres.model.state import DepthState, Edit, Observer, Site, Trace, VectorEdit
 from attnres.ops import ReadParameters
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from attnres.model.plan import ReadPlan
+from attnres.depth.plan import ReadPlan
 from attnres.ops import PreparedBlock
 
 

@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attnres.model.families import Cell, family_indices
+from attnres.depth.families import Cell, family_indices
+from attnres.interventions.ids import Spec
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.state import Trace
-from attnres.probe.interventions import Spec
-from attnres.probe.parts import Key
 from attnres.probe.passes import Subject, run_clean
+from attnres.probe.pieces import Key
 from attnres.probe.runner import Execution, damaged
 
 SPLIT = "confirm"

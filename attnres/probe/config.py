@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from attnres.config import nearest, require, to_plain
-from attnres.model.families import BANDS, FAMILIES, SUBLAYERS, Places
-from attnres.probe.inference import StatisticsConfig
-from attnres.probe.interventions import FAMILY_KINDS, KINDS, parse
+from attnres.depth.families import BANDS, FAMILIES, SUBLAYERS, Places
+from attnres.interventions.ids import FAMILY_KINDS, KINDS, parse
+from attnres.statistics.inference import StatisticsConfig
 
 # Keys that say where and how a probe executes, not what it measures.
 EXECUTION_KEYS = ("runs_dir", "cache_dir", "device", "devices", "threads", "debug")
@@ -46,7 +46,7 @@ class GridConfig:
 
     Attributes:
         families, sublayers, bands: `"all"`, one name, or several.
-        interventions: what is done at every place: kinds of `attnres.probe.interventions`, with their argument (`mask`,
+        interventions: what is done at every place: kinds of `attnres.interventions.ids`, with their argument (`mask`,
             `scale:0.5`, `mean`, ...); `schedule` alone takes the bias of the recency wrap.
         controls: for which masked cells the control `matched` is run as well: the `"motifs"` of the study where they
             are in the grid, `"all"` or `"none"`.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnres.model.families import family_indices
+from attnres.depth.families import family_indices
 from attnres.model.state import Trace
 
 

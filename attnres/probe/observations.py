@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attnres.model.families import Cell, family_indices, family_of
+from attnres.depth.families import Cell, family_indices, family_of
+from attnres.depth.plan import DepthPlan
 from attnres.model.loading import schedule_weights
-from attnres.model.plan import DepthPlan
 from attnres.model.state import Trace
 from attnres.probe.measure import measure_mass
 from attnres.probe.passes import Subject

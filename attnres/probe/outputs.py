@@ -13,19 +13,19 @@ import pandas as pd
 
 from attnres.config import to_plain
 from attnres.data import ProbeWindows
-from attnres.model.families import BANDS, band_layers
+from attnres.depth.families import BANDS, band_layers
+from attnres.files.provenance import whole_file, write_json, write_text
+from attnres.interventions.ids import Spec, parse
+from attnres.probe.baseline import Located
 from attnres.probe.checks import Check
 from attnres.probe.config import GridConfig
-from attnres.probe.inference import StatisticsConfig
-from attnres.probe.interventions import Spec, parse
-from attnres.probe.judgement import findings, judge, registered_as, windows_digest
-from attnres.probe.locate import Located
 from attnres.probe.nulls import NULLS
 from attnres.probe.passes import Subject
-from attnres.probe.roles import TRAINED
 from attnres.probe.runner import Split, Tables
 from attnres.probe.subjects import Further
-from attnres.provenance import whole_file, write_json, write_text
+from attnres.statistics.inference import StatisticsConfig
+from attnres.statistics.judgement import findings, judge, registered_as, windows_digest
+from attnres.tables.roles import TRAINED
 
 __all__ = ["TRAINED", "Setting", "preregistration", "register", "write_tables"]
 
@@ -43,7 +43,7 @@ class Setting:
         located: where the trained model and the baseline came from.
         windows: per split.
         checks: all passed.
-        provenance: see `attnres.provenance.collect`.
+        provenance: see `attnres.files.provenance.collect`.
         further: where those of the models came from that are neither the trained one nor its wrapped baseline.
     """
 

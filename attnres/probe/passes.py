@@ -6,13 +6,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnres.model.families import place_reads
+from attnres.depth.families import place_reads
+from attnres.depth.plan import DepthPlan
+from attnres.interventions.edits import CLEAN, RowsEdit
+from attnres.interventions.ids import NOTHING, Materials, Spec
 from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
-from attnres.model.plan import DepthPlan
 from attnres.model.state import DepthState, Edit, Trace
 from attnres.ops import PreparedBlock
-from attnres.probe.edits import CLEAN, RowsEdit
-from attnres.probe.interventions import NOTHING, Materials, Spec
 from attnres.probe.measure import CleanReadout, Effects
 
 

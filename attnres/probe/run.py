@@ -19,19 +19,20 @@ from attnres import faults
 from attnres.config import build, to_plain
 from attnres.data import Corpus, DataConfig, ProbeWindows, prepare, probe_windows
 from attnres.errors import AttnResError, CheckpointError, ConfigError, DataError, Stopped, StorageError
+from attnres.files.provenance import collect, source_digest
+from attnres.files.run_folder import refuse_links, refuse_unsafe_loading
+from attnres.interventions.grid import candidates, whole_grid
+from attnres.interventions.ids import Spec
 from attnres.model.loading import load_model, wrap_qwen3
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.probe.attribution import attribution_table, run_attribution
-from attnres.probe.candidates import candidates, whole_grid
+from attnres.probe.baseline import Located, locate, locate_baseline
 from attnres.probe.checks import check_subject, require_passed
 from attnres.probe.config import ProbeConfig, config_hash, digest
-from attnres.probe.interventions import Spec
-from attnres.probe.locate import Located, locate, locate_baseline
-from attnres.probe.looks import earlier_looks
+from attnres.probe.earlier_probes import earlier_looks
 from attnres.probe.outputs import TRAINED, Setting, preregistration, register, write_tables
-from attnres.probe.parts import Parts
 from attnres.probe.passes import Subject
-from attnres.probe.report import write_report
+from attnres.probe.pieces import Parts
 from attnres.probe.runner import (
     Execution,
     Ranks,
@@ -43,11 +44,10 @@ from attnres.probe.runner import (
     run_pilot,
     tables_of,
 )
-from attnres.probe.stopping import StopSignals, lock
 from attnres.probe.subjects import further_subjects, locate_controls
-from attnres.probe.viewer import write_viewer
-from attnres.provenance import collect, source_digest
-from attnres.run_folder import refuse_links, refuse_unsafe_loading
+from attnres.probe.token_viewer import write_viewer
+from attnres.processes.signals import StopSignals, lock
+from attnres.report.report import write_report
 
 log = logging.getLogger(__name__)
 

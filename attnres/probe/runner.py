@@ -1,7 +1,7 @@
 """The one loop: every cell of the grid, on every window, from the clean state at its first edited layer.
 
 A batch of windows is the unit of work: its clean run, then its cells. Batches are dealt to the processes of a
-distributed run, and what is finished is kept in `attnres.probe.parts`. The tables are made of these parts, so they are
+distributed run, and what is finished is kept in `attnres.probe.pieces`. The tables are made of these parts, so they are
 the same whether a run was interrupted or shared.
 """
 
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from attnres import faults
 from attnres.data import ProbeWindows
+from attnres.depth.families import FAMILIES, Cell, grid
+from attnres.depth.plan import DepthPlan
 from attnres.errors import AttnResError, ConfigError, NumericsError, StorageError
-from attnres.model.families import FAMILIES, Cell, grid
-from attnres.model.plan import DepthPlan
+from attnres.interventions.donors import Pilot, donors, noise, reads_of, unavailable
+from attnres.interventions.ids import DONOR_KINDS, Materials, Spec
 from attnres.model.state import Trace
-from attnres.probe.donors import Pilot, donors, noise, reads_of, unavailable
-from attnres.probe.interventions import DONOR_KINDS, Materials, Spec
 from attnres.probe.measure import Effects
 from attnres.probe.observations import MassObserver, RoutingSums, routing_means, routing_table
-from attnres.probe.parts import Key, Parts
 from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited, run_rows, run_through
+from attnres.probe.pieces import Key, Parts
 
 Split = Literal["pilot", "confirm"]
 # The parts that come from a clean run.

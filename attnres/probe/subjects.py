@@ -8,13 +8,13 @@ from torch import nn
 
 from attnres.data import Corpus
 from attnres.errors import CheckpointError, ConfigError
-from attnres.locate import Located, locate
 from attnres.model.loading import SCHEDULES, load_model
+from attnres.model.locate import Located, locate
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.probe.config import ProbeConfig
 from attnres.probe.nulls import NULLS, null_model
 from attnres.probe.passes import Subject
-from attnres.probe.roles import TRAINED
+from attnres.tables.roles import TRAINED
 
 _TAKEN = (TRAINED, *SCHEDULES, *NULLS)
 _NULL_KINDS = {"untrained": "null: untrained AttnRes", "shuffled_queries": "null: queries shuffled across reads"}

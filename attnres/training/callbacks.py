@@ -15,16 +15,16 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 from attnres import faults
+from attnres.depth.plan import DepthPlan
 from attnres.errors import Stopped
-from attnres.model.plan import DepthPlan
-from attnres.run_folder import CHECKPOINTS, list_steps, step_name
+from attnres.files.run_folder import CHECKPOINTS, list_steps, step_name
+from attnres.processes.ranks import Peers, launched_by_lightning
 from attnres.training.checkpoint import RunCheckpointIO, prune
+from attnres.training.checkpoint_schedule import CheckpointSchedule, due
 from attnres.training.config import TrainerConfig
 from attnres.training.evaluation import routing_metrics, routing_slices, validation_loss
 from attnres.training.flops import peak_flops
 from attnres.training.module import CausalLMModule
-from attnres.training.ranks import Peers, launched_by_lightning
-from attnres.training.schedule import CheckpointSchedule, due
 from attnres.training.telemetry import Clock, SpikeDetector, peak_memory_gib
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Writes checkpoint folders that are whole and verifiable, or not there (layout: `attnres.run_folder`).
+"""Writes checkpoint folders that are whole and verifiable, or not there (layout: `attnres.files.run_folder`).
 
 A folder is written under a temporary name beside its final one, every file is flushed, and one rename
 publishes it.
@@ -24,8 +24,8 @@ from transformers.utils import logging as hf_logging
 
 from attnres import faults
 from attnres.errors import CheckpointError, NumericsError, StorageError
-from attnres.provenance import fsync_path, write_json, write_text
-from attnres.run_folder import (
+from attnres.files.provenance import fsync_path, write_json, write_text
+from attnres.files.run_folder import (
     CHECKPOINTS,
     MANIFEST,
     MODEL_FOLDER,

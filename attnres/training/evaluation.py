@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from attnres.depth.families import family_indices, grid
+from attnres.depth.plan import DepthPlan
 from attnres.errors import DataError, NumericsError
-from attnres.model.families import family_indices, grid
-from attnres.model.plan import DepthPlan
 from attnres.model.state import Trace
 from attnres.training.config import Loss
 from attnres.training.loss import nll_sum

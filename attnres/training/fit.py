@@ -20,11 +20,10 @@ from attnres import faults
 from attnres.config import to_plain
 from attnres.data import Corpus, TextDataModule, accumulation_steps, prepare
 from attnres.errors import AttnResError, CheckpointError, ConfigError, Stopped, StorageError
-from attnres.json_files import read_object
-from attnres.locate import Located
-from attnres.provenance import collect, write_json, write_text
-from attnres.redaction import redact_values
-from attnres.run_folder import (
+from attnres.files.json_files import read_object
+from attnres.files.provenance import collect, write_json, write_text
+from attnres.files.redaction import redact_values
+from attnres.files.run_folder import (
     CHECKPOINTS,
     COMPLETE,
     TRAINING_FILE,
@@ -33,15 +32,16 @@ from attnres.run_folder import (
     refuse_unsafe_loading,
     step_name,
 )
-from attnres.training.base import freeze, resolve_base, start_from
+from attnres.model.locate import Located
+from attnres.processes.ranks import Peers, bound_to_launcher, is_connection_loss
 from attnres.training.callbacks import SIGNALS, StepDuties, StopSignals
 from attnres.training.checkpoint import ExportInfo, RunCheckpointIO, clean
 from attnres.training.config import TrainConfig, config_hash, run_folder
 from attnres.training.flops import flops_per_token
+from attnres.training.initial_weights import freeze, resolve_base, start_from
 from attnres.training.loggers import CsvLogger, WandbLogger
 from attnres.training.models import build_model, model_config
 from attnres.training.module import CausalLMModule
-from attnres.training.ranks import Peers, bound_to_launcher, is_connection_loss
 from attnres.training.resume import Start, check_compatible, choose_start, completed
 from attnres.training.strategy import strategy
 

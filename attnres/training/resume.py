@@ -8,9 +8,9 @@ from typing import Any
 from attnres.config import differences, to_plain
 from attnres.data import Corpus
 from attnres.errors import CheckpointError, ConfigError
-from attnres.json_files import read_object
-from attnres.redaction import redact_values
-from attnres.run_folder import (
+from attnres.files.json_files import read_object
+from attnres.files.redaction import redact_values
+from attnres.files.run_folder import (
     CHECKPOINTS,
     COMPLETE,
     TRAINING_FILE,

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from attnres.processes.ranks import GROUP_TIMEOUT
 from attnres.training.config import TrainerConfig
-from attnres.training.ranks import GROUP_TIMEOUT
 
 
 def strategy(config: TrainerConfig) -> str | Strategy:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attnres.data import open_corpus
 from attnres.errors import CheckpointError, DataError
-from attnres.run_folder import verify
+from attnres.files.run_folder import verify
 from tests.faults.runner import Outcome
 from tests.faults.world import Base, check
 

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from attnres.data.corpus import manifest_sha256
-from attnres.data.shards import digest
-from attnres.run_folder import sha256_of
+from attnres.data.corpus.corpus import manifest_sha256
+from attnres.data.corpus.shards import digest
+from attnres.files.run_folder import sha256_of
 from tests.faults.runner import Outcome
 from tests.faults.scenarios import own_cache
 from tests.faults.world import Base, fork

@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 
-from attnres.run_folder import list_steps
+from attnres.files.run_folder import list_steps
 from tests.faults.scenarios import Scenario
 from tests.faults.world import Base, World, check, readable, same_probe, same_run
 

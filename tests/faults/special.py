@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from attnres.run_folder import list_steps
+from attnres.files.run_folder import list_steps
 from attnres.training import checkpoint
 from tests.faults.runner import Outcome
 from tests.faults.world import ROOT, STEPS, Base, Child, World, check, readable, same_run

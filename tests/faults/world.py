@@ -1,7 +1,8 @@
 """A tiny project to break: text, configuration, finished runs, and commands forked from a process that is warmed up.
 
 Importing torch and Lightning costs more than a whole tiny run. The suite imports them once, starts no thread, and forks
-a child for every command; the child goes through `attnres.cli` from `sys.argv` to its exit code, as `train.py` does.
+a child for every command; the child goes through `attnres.commands.hydra_door` from `sys.argv` to its exit code, as
+`train.py` does.
 """
 
 import contextlib
@@ -23,10 +24,11 @@ from typing import Any
 
 import torch
 
-from attnres import cli, faults
+from attnres import faults
+from attnres.commands import hydra_door as cli
 from attnres.data import open_corpus
-from attnres.probe import report
-from attnres.run_folder import COMPLETE, latest, list_steps, verify
+from attnres.files.run_folder import COMPLETE, latest, list_steps, verify
+from attnres.report import report
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["if", "then", "else", "def", "return", "loop", "sum", "alpha", "beta", "gamma", "delta", "x", "y", "z"]
@@ -202,7 +204,7 @@ def warm_up() -> None:
     from hydra.core.plugins import Plugins
     from matplotlib.figure import Figure
 
-    from attnres.probe import plotting
+    from attnres.report.figures import plotting
 
     Plugins.instance()
     plotting.to_svg(Figure())

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM, load_model
-from attnres.model.plan import CONVENTIONS
+from attnres.depth.plan import CONVENTIONS
 from attnres.model.state import Site, Trace
 from attnres.ops import reference
 from attnres.training.models import model_config

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from attnres.depth.plan import CONVENTIONS
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.modeling import Qwen3AttnResForCausalLM
-from attnres.model.plan import CONVENTIONS
 from attnres.ops import ReadParameters, depth_mix, log_weights, merge, prepare_block
 
 pytest.importorskip("triton")

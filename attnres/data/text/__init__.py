@@ -1,0 +1,1 @@
+"""Text: sources, streams of documents, the tokenizer."""

@@ -1,0 +1,157 @@
+"""Streams of documents that can be left at any document and taken up behind it: local files, or a hub's data set."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from attnres.data.config import DataConfig
+from attnres.data.text.sources import Document, list_files, listing, read_file, text_of
+from attnres.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class Stream(ABC):
+    """Documents in a fixed order."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the documents are, as JSON: two equal identities are taken for the same documents."""
+
+    @abstractmethod
+    def read(self, state: Any) -> Iterator[tuple[Document, Any]]:
+        """Yields each document after `state` (None: from the beginning) with the state behind it, which is JSON.
+
+        Raises:
+            DataError: The text is missing or cannot be read.
+        """
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int | None:
+        """Roughly how much text there is, or None if that is not known."""
+
+
+@dataclass(frozen=True)
+class FileStream(Stream):
+    """`.txt` (a document per file), `.jsonl` and `.parquet` (a document per row), in the order of `paths`.
+
+    Attributes:
+        paths: Files, folders or globs.
+        column: Field of a row that holds the text.
+    """
+
+    paths: tuple[str, ...]
+    column: str = "text"
+
+    def identity(self) -> dict[str, Any]:
+        """Paths, and name, size and modification time of every file."""
+        return {"paths": list(self.paths), "column": self.column, "files": [list(row) for row in listing(self._config)]}
+
+    def read(self, state: Any) -> Iterator[tuple[Document, Any]]:
+        """A state is [file, number of the last document read in it]."""
+        start, after = state or (0, 0)
+        for index, file in enumerate(list_files(self._config)[start:], start=start):
+            for number, document in read_file(file, self.column, after=after if index == start else 0):
+                yield document, [index, number]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum(size for _, size, _ in listing(self._config))
+
+    @property
+    def _config(self) -> DataConfig:
+        return DataConfig(source="files", paths=self.paths, text_column=self.column)
+
+
+@dataclass(frozen=True)
+class HubStream(Stream):
+    """A Hugging Face data set, read over the network row by row and never stored as a whole.
+
+    Attributes:
+        name: Repository, such as "HuggingFaceFW/fineweb-edu".
+        config: Configuration of the data set, or None for its default one.
+        split: Its split.
+        revision: Commit; see `resolve_revision`.
+        column: Column that holds the text.
+        name_column: Column that names a document, if the data set has it; else rows are numbered.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str = "main"
+    column: str = "text"
+    name_column: str = "id"
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide its documents."""
+        return {
+            "hub": self.name,
+            "config": self.config,
+            "split": self.split,
+            "revision": self.revision,
+            "column": self.column,
+        }
+
+    def read(self, state: Any) -> Iterator[tuple[Document, Any]]:
+        """A state is [state of the library, rows read]."""
+        rows = load_hub(self.name, self.config, self.split, self.revision)
+        at, before = state or (None, 0)
+        number = before
+        if at is not None:
+            rows.load_state_dict(at)
+        try:
+            for number, row in enumerate(rows, start=before + 1):
+                if self.column not in row:
+                    raise DataError(f"{self.name}: no column {self.column!r} in {sorted(row)}; set --text-column")
+                name = str(row.get(self.name_column) or f"{self.name}:{number}")
+                text = text_of(row[self.column], f"{self.name}, row {number}", self.column)
+                yield Document(name, text), [rows.state_dict(), number]
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.name}: reading stopped after row {number} ({' '.join(str(error).split())[:200]}); run the same "
+                "command again to go on from there"
+            ) from error
+
+    @property
+    def bytes(self) -> None:
+        """Not known before it is read."""
+        return None
+
+
+def load_hub(name: str, config: str | None, split: str, revision: str) -> Any:
+    """The rows of a data set on the hub, as `datasets` streams them: in order, and with an exact position.
+
+    Raises:
+        DataError: It cannot be reached.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{name}: cannot be read from the hub ({' '.join(str(error).split())[:200]}); check the name and the "
+            "network, or give local files with --paths"
+        ) from error
+
+
+def resolve_revision(name: str, revision: str) -> str:
+    """The commit that a branch or tag of a data set stands for.
+
+    Raises:
+        DataError: The hub cannot be reached.
+    """
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(name, revision=revision).sha)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{name}: cannot be found on the hub ({' '.join(str(error).split())[:200]}); check the name and the "
+            "network, or give local files with --paths"
+        ) from error

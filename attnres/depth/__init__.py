@@ -1,0 +1,1 @@
+"""Who sees what: reads, sources, families, bands. Pure Python."""

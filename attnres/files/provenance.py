@@ -1,0 +1,152 @@
+"""Where a result came from: code, versions, hardware, seeds and the command. Nothing secret."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnres import faults
+from attnres.files.redaction import redact
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "lightning",
+    "hydra-core",
+    "datasets",
+    "tokenizers",
+    "torchmetrics",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "statsmodels",
+    "wandb",
+)
+
+
+def git_state() -> dict[str, Any]:
+    """`{"sha": ..., "dirty": ...}` of the repository that holds this package; both None without git."""
+    here = Path(__file__).resolve().parents[1]
+    sha = _git(here, "rev-parse", "HEAD")
+    # A package installed inside somebody else's repository is not described by that repository's commit.
+    if sha is None or not _git(here, "ls-files", "--", "files/provenance.py"):
+        return {"sha": None, "dirty": None}
+    status = _git(here, "status", "--porcelain", "--untracked-files=no")
+    return {"sha": sha, "dirty": None if status is None else bool(status)}
+
+
+def source_digest() -> str:
+    """sha256 over the modules of this package, in the order of their paths: the code that runs, committed or not."""
+    here, found = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        found.update(f"{path.relative_to(here)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that results depend on; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads and accelerators."""
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def collect(command: str, seeds: Mapping[str, int], hashes: Mapping[str, str | None]) -> dict[str, Any]:
+    """One record of where a result came from, as plain containers.
+
+    Args:
+        command: the command line; values of arguments whose names look like secrets are masked.
+        seeds: every seed that was used, by name.
+        hashes: fingerprints of configuration, data, tokenizer, checkpoint, by name.
+    """
+    return {
+        "command": redact(command),
+        "git": git_state(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "seeds": dict(seeds),
+        "hashes": dict(hashes),
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, without secrets."""
+    return redact(" ".join([Path(sys.executable).name, *sys.argv]))
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file that appears under its final name whole, or not at all.
+
+    Yields:
+        The temporary path beside it to write to. It is flushed and renamed at the end, and removed after an error.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    # What a killed process left, or a link that somebody put there: neither is written through.
+    temporary.unlink(missing_ok=True)
+    temporary.open("xb").close()
+    try:
+        yield temporary
+        fsync_path(temporary)
+        faults.point("write")
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

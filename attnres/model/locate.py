@@ -1,0 +1,115 @@
+"""From a path in a configuration to a verified Hugging Face folder."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnres.errors import CheckpointError
+from attnres.files.json_files import read_object
+from attnres.files.run_folder import CHECKPOINTS, COMPLETE, MANIFEST, MODEL_FOLDER, latest, sha256_of, verify
+from attnres.model.loading import model_folder
+from attnres.model.released import weight_files
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint that was found.
+
+    Attributes:
+        folder: its Hugging Face folder.
+        run: name of the run it belongs to, or of the folder.
+        verified: whether a manifest vouches for its bytes.
+        finished: whether its run was completed; None where there is no run.
+        digest: sha256 over its weights and configuration.
+        data: `data.json` (corpus and tokenizer), empty where there is none.
+        training: `training.json`, empty where there is none.
+    """
+
+    folder: Path
+    run: str
+    verified: bool
+    finished: bool | None
+    digest: str
+    data: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+
+def locate(path: str) -> Located:
+    """Find and verify a checkpoint.
+
+    Args:
+        path: see `attnres.model.loading.model_folder`; a run folder may be named without its hash, and the newest of
+            several is taken.
+
+    Raises:
+        CheckpointError: where there is nothing, or its bytes are not those that were written.
+    """
+    given = Path(path)
+    if not given.exists():
+        runs = sorted(given.parent.glob(f"{given.name}-*/{CHECKPOINTS}"), key=lambda found: found.stat().st_mtime)
+        if runs:
+            given = runs[-1].parent
+            log.info("%s: taking %s%s", path, given, f", the newest of {len(runs)}" if len(runs) > 1 else "")
+    if (given / CHECKPOINTS).is_dir():
+        step = latest(given)
+        if step is None:
+            raise CheckpointError(f"{given}: the run holds no checkpoint yet; train it with `python train.py`")
+        folder = step / MODEL_FOLDER
+    else:
+        folder = model_folder(str(given) if given.exists() else path)
+    verified = (folder.parent / MANIFEST).is_file() and folder.name == MODEL_FOLDER
+    if verified:
+        verify(folder.parent)
+    else:
+        log.warning("%s: no manifest, so its bytes are unverified; the report says so", folder)
+    run = folder.parents[2] if verified and folder.parents[1].name == CHECKPOINTS else None
+    digests = [sha256_of(file) for file in (*weight_files(folder), folder / "config.json")]
+    return Located(
+        folder,
+        run.name if run else folder.name,
+        verified,
+        (run / COMPLETE).is_file() if run else None,
+        "-".join(digest[:16] for digest in digests),
+        read_json(folder / "data.json"),
+        read_json(folder / "training.json"),
+    )
+
+
+def vanilla_runs(beside: Path, data: Mapping[str, Any], shape: Mapping[str, Any], seed: int | None) -> list[Path]:
+    """Run folders in `beside` that hold a vanilla Qwen3 of the same data, tokenizer, shape and seed, oldest first.
+
+    Args:
+        data: `fingerprint` and `tokenizer_sha256`, as in `data.json`.
+        shape: `num_hidden_layers` and `hidden_size`, as in `config.json`.
+        seed: of the training.
+    """
+    found = []
+    for run in sorted(beside.glob(f"*/{CHECKPOINTS}"), key=lambda place: place.stat().st_mtime):
+        models = sorted(run.glob(f"*/{MODEL_FOLDER}"))
+        if not models:
+            continue
+        stored, config = read_json(models[-1] / "data.json"), read_json(models[-1] / "config.json")
+        same_data = all(stored.get(key) == data.get(key) for key in ("fingerprint", "tokenizer_sha256"))
+        same_shape = all(config.get(key) == shape.get(key) for key in ("num_hidden_layers", "hidden_size"))
+        same_seed = read_json(models[-1] / "training.json").get("seed") == seed
+        if config.get("model_type") == "qwen3" and same_data and same_shape and same_seed:
+            found.append(run.parent)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is no file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}); copy the checkpoint again") from error

@@ -1,0 +1,1 @@
+"""Signals, ranks and memory of processes."""

@@ -1,0 +1,1 @@
+"""From a judged folder to a page."""

@@ -1,0 +1,99 @@
+"""From a context to a page: the templates, the page's policy, and files written as a whole or not at all.
+
+The page runs one script, ours, and may load nothing: its content-security policy allows the style and the script by
+their hashes. Everything from a table is escaped, because a token, a path or a configuration may hold anything.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from attnres import faults
+from attnres.errors import ConfigError, StorageError
+from attnres.report import words as words
+from attnres.report.figures import plotting
+from attnres.report.tables import one_line
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def _visible(value: Any) -> Any:
+    return words.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _environment(autoescape: bool) -> jinja2.Environment:
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=autoescape,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    env.filters |= {
+        "nats": words.nats,
+        "share": words.share,
+        "p": words.probability,
+        "count": words.count,
+        "slug": words.slug,
+        "md": words.markdown,
+        "compared": words.compared,
+        "adjusted": words.adjusted,
+        "indented": lambda v: json.dumps(v, indent=2, ensure_ascii=False, default=str),
+    }
+    env.globals |= {
+        "interval": words.interval,
+        "cell_name": words.cell_name,
+        "table": words.markdown_table,
+        "sublayers": plotting.SUBLAYER_NAMES,
+        "measures": {"mass": "raw mass", "norm_share": "norm-aware share", "displacement": "displacement"},
+    }
+    return env
+
+
+def render_html(template: str, context: Mapping[str, Any]) -> str:
+    """A page with its style and its script inside."""
+    # Both are ours and hold no input; their hashes are what the policy allows.
+    assets = {kind: (_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")}
+    digests = {
+        f"{kind}_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for kind, text in assets.items()
+    }
+    inside = {kind: Markup(text) for kind, text in assets.items()}
+    return _environment(autoescape=True).get_template(template).render(**context, **inside, **digests)
+
+
+def render_text(template: str, context: Mapping[str, Any]) -> str:
+    """The same for a terminal: what the template does not pass through `md` is its own."""
+    return _environment(autoescape=False).get_template(template).render(**context)
+
+
+def write_file(folder: Path, name: str, text: str) -> Path:
+    """Writes one file inside `folder` as a whole or not at all.
+
+    Raises:
+        ConfigError: the name is a link that leads out of the folder.
+        StorageError: it cannot be written.
+    """
+    path, part = folder / name, folder / f"{name}.part"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{path} is a link out of the probe folder: remove it and draw the report again")
+        part.unlink(missing_ok=True)  # left by a kill, or a link: neither is written through
+        with part.open("xb") as file:
+            file.write(text.encode("utf-8", errors="replace"))
+        faults.point("report.write")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path} ({one_line(error)}): free space or make it writable") from error
+    return path

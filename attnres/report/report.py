@@ -1,0 +1,120 @@
+"""The report of a probe: the tables in a folder become report.html, report.md and figures/.
+
+No model is loaded and nothing is recomputed that a table already says: `python -m attnres.commands.report DIR`
+draws the report of an old run again, and gives the same bytes. Several folders give one report that compares
+their runs (`report_compare`). Effects are in nats/token.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnres.errors import AttnResError, StorageError
+from attnres.files.run_folder import refuse_unsafe_loading
+from attnres.report import words as words
+from attnres.report.album import Drawing, draw
+from attnres.report.comparison import default_folder, write_comparison
+from attnres.report.page import render_html, render_text, write_file
+from attnres.report.tables import Tables, one_line, read_tables
+from attnres.report.viewer import read_viewer
+
+_SECTIONS = {
+    "claims": "Claims",
+    "checks": "Checks",
+    "routing": "Routing",
+    "schedule": "Schedule",
+    "effects": "Effects",
+    "mass": "Mass and effect",
+    "forest": "Intervals",
+    "doses": "Doses",
+    "contrasts": "Contrasts",
+    "motifs": "Motifs",
+    "viewer": "Tokens",
+    "cells": "All cells",
+    "reading": "How to read",
+    "provenance": "Provenance",
+}
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Draws report.html, report.md and figures/*.svg from the tables in `folder`; returns the first's path.
+
+    The same tables give the same bytes.
+
+    Args:
+        folder: what a probe wrote.
+        out: where the report goes; `folder` by default.
+
+    Raises:
+        ConfigError: the folder does not exist, or a target leads out of it.
+        DataError: a table or a column is missing or unreadable.
+        StorageError: the report cannot be written.
+    """
+    folder = Path(folder)
+    out = folder if out is None else Path(out)
+    tables = read_tables(folder)
+    context = _context(tables, draw(tables)) | {"viewer": read_viewer(folder)}
+    kept = {
+        "doses": bool(context["drawings"]["doses"] or context["drawings"]["ladder"]),
+        "viewer": context["viewer"],
+        "motifs": context["motifs"],
+    }
+    context["sections"] = [(anchor, name) for anchor, name in _SECTIONS.items() if kept.get(anchor, True)]
+    html = render_html("report.html.j2", context)
+    text = render_text("report.md.j2", context)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {out} ({one_line(error)}): name another folder") from error
+    for drawing in (d for section in context["drawings"].values() for d in section):
+        write_file(out, f"figures/{drawing.stem}.svg", drawing.svg)
+    write_file(out, "report.md", text)
+    return write_file(out, "report.html", html)
+
+
+def _context(tables: Tables, drawings: dict[str, list[Drawing]]) -> dict[str, Any]:
+    windows = tables.effects.drop_duplicates(["window", "split"]).groupby("split", sort=False)
+    return {
+        "title": tables.summary.get("title") or "AttnRes probe",
+        "tables": tables,
+        "summary": tables.summary,
+        "statistics": tables.summary["statistics"],
+        "headline": words.headline(tables),
+        "warnings": words.warnings(tables),
+        "drawings": drawings,
+        "cells": tables.cells.to_dict("records"),
+        "bh": tables.discovery_column,
+        "contrasts": tables.contrasts.to_dict("records"),
+        "motifs": words.motifs(tables),
+        "clashes": words.disagreements(tables.against_baselines),
+        "provenance": words.redact(tables.summary.get("provenance", {})),
+        "preregistration": words.redact(tables.preregistration),
+        "sample": [(split, rows["document"].nunique(), len(rows)) for split, rows in windows],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m attnres.commands.report DIR [DIR ...] [--out FOLDER]`: draws a report again, or one over several runs;
+    prints its path, returns the exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m attnres.commands.report", description="Redraw a probe's report, or compare several probes."
+    )
+    parser.add_argument("folder", type=Path, nargs="+", help="a folder that probe.py wrote; several are compared")
+    parser.add_argument(
+        "--out", type=Path, help="where the report goes (default: DIR, or comparison-* beside the first)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        refuse_unsafe_loading()
+        if len(given.folder) == 1:
+            path = write_report(given.folder[0], given.out)
+        else:
+            path = write_comparison(given.folder, given.out or default_folder(given.folder))
+    except AttnResError as error:
+        sys.stderr.write(f"error: {words.visible(error)}\n")
+        return error.code
+    sys.stdout.write(f"{path}\n")
+    return 0

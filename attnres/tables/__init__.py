@@ -1,0 +1,1 @@
+"""The tables of a probe: their columns, names and folder."""

@@ -1,0 +1,153 @@
+"""Documents from files and from the interpreter, and what is refused."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from attnres.data import DataConfig, prepare
+from attnres.data.text.sources import list_files, listing, read_documents
+from attnres.errors import ConfigError, DataError
+
+TEXTS = ["first\r\ndocument", "zweites Dokument ä", "三"]
+
+
+def files(*paths: Path, **changes: object) -> DataConfig:
+    return DataConfig(source="files", paths=tuple(str(path) for path in paths), **changes)
+
+
+def texts_of(config: DataConfig) -> list[str]:
+    return [document.text for document in read_documents(config)]
+
+
+def test_read_documents_is_the_same_from_txt_jsonl_and_parquet(tmp_path):
+    (tmp_path / "txt").mkdir()
+    for number, text in enumerate(TEXTS):
+        (tmp_path / "txt" / f"{number}.txt").write_bytes(text.encode())
+    lines = [json.dumps({"body": text}) for text in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    pq.write_table(pa.table({"id": [1, 2, 3, 4], "body": [*TEXTS, None]}), tmp_path / "rows.parquet")
+    assert texts_of(files(tmp_path / "txt")) == TEXTS
+    assert texts_of(files(tmp_path / "txt" / "*.txt")) == TEXTS
+    assert texts_of(files(tmp_path / "rows.jsonl", text_column="body")) == TEXTS
+    assert texts_of(files(tmp_path / "rows.parquet", text_column="body")) == TEXTS
+    assert [d.name for d in read_documents(files(tmp_path / "rows.jsonl", text_column="body"))] == [
+        "rows.jsonl:1",
+        "rows.jsonl:3",
+        "rows.jsonl:5",
+    ]
+
+
+def test_read_documents_skips_blank_documents_and_reads_a_file_once(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text(" \n")
+    assert texts_of(files(tmp_path, tmp_path / "a.txt")) == ["a"]
+
+
+def test_read_documents_stops_before_max_bytes(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("ä" * 5, encoding="utf-8")
+    assert len(texts_of(files(tmp_path, max_bytes=29))) == 2
+    assert len(texts_of(files(tmp_path, max_bytes=30))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"body": "x"}', r"line 1: no 'text' in \['body'\]; set data.text_column"),
+        ("a.jsonl", b'{"text": 3}', "line 1: 'text' holds int, not text"),
+        ("a.txt", b"ok \xff", "a.txt: not UTF-8 at byte 3"),
+        ("a.parquet", b"no", "a.parquet: not a parquet file"),
+        ("a.pdf", b"no", r"cannot read .*a.pdf; expected one of .txt, .jsonl, .parquet"),
+    ],
+)
+def test_read_documents_names_what_it_cannot_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts_of(files(tmp_path / name))
+
+
+def test_read_documents_names_a_missing_parquet_column(tmp_path):
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'text' in \['body'\]; set data.text_column"):
+        texts_of(files(tmp_path / "a.parquet"))
+
+
+def test_prepare_without_text_is_a_data_error(tmp_path):
+    (tmp_path / "a.txt").write_text("  ")
+    with pytest.raises(DataError, match="holds no text") as empty:
+        prepare(files(tmp_path, cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(DataError, match="nowhere does not exist") as missing:
+        prepare(files(tmp_path / "nowhere", cache_dir=str(tmp_path / "cache")))
+    assert empty.value.code == missing.value.code == 3
+
+
+def test_listing_changes_with_a_file(tmp_path):
+    config = files(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    before = listing(config)
+    assert listing(config) == before
+    (tmp_path / "a.txt").write_text("ab")
+    assert listing(config) != before
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("pystdlib", ["alone.py", "package/a.py", "package/sub/b.py"]),
+        ("pyenv", ["alone.py", "package/README.md", "package/a.py", "package/sub/b.py", "package/typed.pyi"]),
+    ],
+)
+def test_list_files_of_the_interpreter_leaves_out_tests_and_nested_packages(source, expected, tmp_path, monkeypatch):
+    left_out = [
+        "_sysconfigdata__linux.py",
+        "package/__pycache__/a.py",
+        "package/data.bin",
+        "package/tests/c.py",
+        "package-1.0.dist-info/LICENSE.txt",
+        "site-packages/other.py",
+        "test/d.py",
+    ]
+    for name in [*expected, *left_out]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "dangling.py").symlink_to(tmp_path / "nowhere.py")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    config = DataConfig(source=source)
+    assert [file.name for file in list_files(config)] == expected
+    assert len(texts_of(config)) == len(listing(config)) == len(expected)
+
+
+def test_read_documents_of_the_interpreter_skips_what_is_not_utf8(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("text")
+    (tmp_path / "latin.py").write_bytes(b"# \xe4")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    assert texts_of(DataConfig()) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "web"}, "data.source: expected one of pystdlib, pyenv, files, prepared, got 'web'"),
+        ({"source": "files"}, "data.paths: expected at least one path"),
+        ({"paths": ("a.txt",)}, "set data.source=files or prepared"),
+        ({"source": "files", "paths": "a.txt"}, r"expected a list, got 'a.txt'; write \[a.txt\]"),
+        ({"source": "prepared"}, "data.paths: expected at least one path"),
+        ({"source": "prepared", "paths": ("a", "b")}, "data.weights: expected 2 .* got 0"),
+        ({"source": "prepared", "paths": ("a",), "weights": (1.0,)}, "data.weights: expected 0"),
+        ({"source": "prepared", "paths": ("a", "b"), "weights": (1.0, 0.0)}, "data.weights: expected numbers above 0"),
+        ({"vocab_size": 256}, "data.vocab_size: expected an integer of at least 257, got 256"),
+        ({"sequence_length": 0}, "data.sequence_length"),
+        ({"seed": -1}, "data.seed"),
+        ({"max_bytes": 0}, "data.max_bytes"),
+        ({"validation": 0.0}, "data.validation: expected a fraction"),
+        ({"probe_confirm": 0.9}, "expected less than 1, got 1.02"),
+    ],
+)
+def test_data_config_names_the_impossible_field(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**changes)

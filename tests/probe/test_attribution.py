@@ -1,0 +1,117 @@
+"""Gradient attribution against finite differences and against a small exact dose, and its rank among exact effects."""
+
+import pytest
+import torch
+from scipy import stats
+
+from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
+from attnres.data import ProbeWindows
+from attnres.depth.families import family_indices, grid
+from attnres.interventions.ids import Intervention, parse
+from attnres.probe.attribution import attribution, attribution_table, run_attribution
+from attnres.probe.passes import Subject, run_clean, run_edited
+from attnres.probe.runner import Execution
+from attnres.statistics.dissociation import against_exact
+from tests.statistics.probed_tables import QUICK, SLICES, measured
+
+
+def model(queries: float) -> Qwen3AttnResForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3AttnResConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, attnres_num_blocks=3, attnres_bias="sources",
+    )  # fmt: skip
+    made = Qwen3AttnResForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("_res_bias"):
+                parameter.add_(0.5 * torch.randn_like(parameter))
+            elif "_res_proj" in name:
+                parameter.add_(queries * torch.randn_like(parameter))
+            elif parameter.ndim == 2:
+                parameter.mul_(6.0)
+    return made
+
+
+def tokens(count: int = 4, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = torch.randint(0, 48, (count, length + 1), generator=torch.Generator().manual_seed(2))
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+def exact(made: Qwen3AttnResForCausalLM, spec: str) -> torch.Tensor:
+    """dNLL `[B]` of an intervention, fp64."""
+    ids, labels = tokens()
+    layers = range(made.config.num_hidden_layers)
+    with torch.no_grad():
+        clean = run_clean(made, ids, labels, layers)
+        edited = torch.log_softmax(run_edited(made, clean, parse(spec)), -1)
+        reference = torch.log_softmax(clean.logits, -1)
+    return (reference - edited).gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1)
+
+
+@pytest.mark.parametrize("family", ["embedding", "current", "recent", "older"])
+def test_attribution_is_the_derivative_of_scaling(family):
+    """With weights that are one for all tokens, `-(1 - a_F)` times the estimate is d dNLL / d x of `scale:x` at 1."""
+    made = model(queries=0.0)
+    read = made.model.plan.reads[11]
+    cell = Intervention("mask", family, None, f"read{read.index}").cell(made.model.plan)
+    found = attribution(made, *tokens(), [cell])[cell]
+    bias = made.model.layers[5].mlp_res_bias
+    mass = torch.softmax(bias.detach(), -1)[list(family_indices(family, read.num_sources))].sum()
+    step = 1e-4
+    slope = (exact(made, f"scale:{1 + step}:{family}@read11") - exact(made, f"scale:{1 - step}:{family}@read11")) / (
+        2 * step
+    )
+    torch.testing.assert_close(-(1 - mass) * found, slope, rtol=1e-5, atol=1e-9)
+    assert slope.abs().min() > 1e-6
+
+
+def test_attribution_ranks_cells_like_a_small_dose_of_ablation():
+    """Where the edit is small the estimate holds for content-dependent weights and whole bands too."""
+    made = model(queries=0.01)
+    cells = [cell for cell in grid(made.model.plan) if cell.eligible]
+    estimated = attribution(made, *tokens(), cells)
+    pairs = [
+        (float(estimated[cell].mean()), float(exact(made, f"scale:0.98:{cell.slice_id}").mean())) for cell in cells
+    ]
+    rho = stats.spearmanr(*zip(*pairs, strict=True))[0]
+    print(f"\n{len(cells)} cells: Spearman {rho:.3f} of the estimate and the exact effect of scale:0.98")
+    assert rho > 0.8
+
+
+def test_estimates_by_window_are_kept_batch_by_batch_and_are_none_without_a_mask():
+    made = model(queries=0.01).float()
+    subject = Subject("attnres", made)
+    ids, labels = tokens(5)
+    windows = {"confirm": ProbeWindows(ids, labels, torch.arange(5) * 3, torch.arange(5) * 2)}
+    specs = [parse("mask:embedding@mlp.late"), parse("mean@attn.early"), parse("mask:current@attn.mid")]
+    execution = Execution(windows, batch_size=2)
+    assert run_attribution(subject, specs, execution)
+    table = attribution_table(subject, specs, execution)
+    found = table.set_index(["cell", "window"])["estimate"]
+    assert len(found) == 10 and set(table["split"]) == {"confirm"}
+    cell = specs[0].cell(made.model.plan)
+    whole = attribution(made, ids, labels, [cell])[cell]
+    identity = dict(zip(windows["confirm"].window_ids.tolist(), whole.tolist(), strict=True))
+    assert found[specs[0].id].to_dict() == pytest.approx(identity, rel=1e-4)
+    again = Execution(windows, batch_size=2, parts=execution.parts, stop=lambda: True)
+    assert run_attribution(subject, specs, again), "what is kept is not estimated again, so nothing can be stopped"
+    assert not run_attribution(subject, specs, Execution(windows, 2, stop=lambda: True))
+    none = [parse("mean@attn.early")]
+    assert run_attribution(subject, none, Execution(windows, 2))
+    assert attribution_table(subject, none, Execution(windows, 2)).empty
+
+
+def test_against_exact_ranks_cells_by_document():
+    effects, _, _ = measured({("attnres", piece): 0.1 * place for place, piece in enumerate(SLICES)})
+    mine = effects[effects["model"] == "attnres"]
+    estimates = mine[["model", "cell", "window", "document", "split"]].assign(estimate=2 - mine["dnll"] ** 3)
+    found = against_exact(estimates, effects, QUICK)
+    rank = found["attribution_rank"]
+    assert rank["rho"] == pytest.approx(-1) and rank["rho_lo"] == pytest.approx(-1) and rank["documents"] == 24
+    confirm = mine[mine["split"] == "confirm"].groupby("cell", sort=False)["dnll"].mean()
+    assert {row["cell"]: row["dnll"] for row in found["attribution"]} == pytest.approx(confirm.to_dict())
+    one = against_exact(estimates[estimates["cell"] == estimates["cell"].iloc[0]], effects, QUICK)
+    assert one["attribution_rank"]["rho"] is None
+    with pytest.raises(ValueError, match="different documents"):
+        against_exact(estimates[estimates["document"] != 20], effects, QUICK)

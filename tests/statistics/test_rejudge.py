@@ -1,0 +1,168 @@
+"""Recomputing judged tables from what was measured, combining parts of a grid, and keeping a preregistration."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from attnres.errors import ConfigError, DataError
+from attnres.probe.outputs import register
+from attnres.report.report import write_report
+from attnres.statistics.rejudge import combine, judge_anew, main, read_measured, recompute
+from tests.statistics.probed_tables import measured, write_folder
+
+MOTIF = ("embedding", "mlp", "early")
+TABLES = measured({("attnres", MOTIF): 0.3})
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return write_folder(tmp_path / "whole", *TABLES)
+
+
+def part(tmp_path, *families, tables=TABLES, **changed):
+    return write_folder(tmp_path / "-".join(families), *tables, families=families, **changed)
+
+
+def test_recompute_reproduces_every_table_exactly(whole, capsys):
+    judged, differing = recompute(read_measured(whole))
+    assert differing == []
+    for name, text in judged.texts().items():
+        assert (whole / name).read_text() == text
+    assert main([str(whole)]) == 0
+    assert "reproduced exactly" in capsys.readouterr().out
+
+
+def test_recompute_says_which_table_was_changed(whole, capsys):
+    path = whole / "cells.csv"
+    path.write_text(path.read_text().replace("causal", "null", 1))
+    assert main([str(whole)]) == 5
+    assert capsys.readouterr().out == "differ: cells.csv\n"
+
+
+def test_recompute_refuses_what_was_not_preregistered(whole):
+    effects = pd.read_parquet(whole / "effects.parquet")
+    effects[effects["window"] != 100].to_parquet(whole / "effects.parquet")
+    with pytest.raises(DataError, match="not of the windows that were preregistered"):
+        read_measured(whole)
+    effects.assign(cell=effects["cell"].str.replace("mask", "scale:0.5")).to_parquet(whole / "effects.parquet")
+    with pytest.raises(DataError, match="which was not preregistered"):
+        read_measured(whole)
+    effects.to_parquet(whole / "effects.parquet")
+    listed = pd.read_csv(whole / "eligibility.csv")
+    listed.assign(eligible=True).to_csv(whole / "eligibility.csv", index=False)
+    with pytest.raises(DataError, match="was excluded when it was preregistered"):
+        read_measured(whole)
+
+
+def test_recompute_refuses_a_summary_without_models(whole):
+    (whole / "summary.json").write_text('{"models": [{"kind": "wrap"}]}')
+    with pytest.raises(DataError, match="does not name its models"):
+        read_measured(whole)
+
+
+@pytest.mark.parametrize("name", ["effects.parquet", "mass.parquet", "eligibility.csv", "attribution.parquet"])
+def test_recompute_names_a_column_that_is_missing(whole, capsys, name):
+    frame = pd.read_csv(whole / name) if name.endswith("csv") else pd.read_parquet(whole / "effects.parquet")
+    if name.endswith("csv"):
+        frame.drop(columns="eligible").to_csv(whole / name, index=False)
+    else:
+        frame.drop(columns="window").to_parquet(whole / name)
+    assert main([str(whole)]) == 3
+    missing = "eligible" if name.endswith("csv") else "window"
+    assert f"{name.split('.')[0]} lacks the column '{missing}'" in capsys.readouterr().err
+
+
+def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):
+    told = (whole / "summary.json").read_text()
+    summary = json.loads(told)
+    summary["claims"], summary["models"][1]["training"] = [], {"trainable": "body"}
+    (whole / "summary.json").write_text(json.dumps(summary))
+    (whole / "motifs.csv").write_text("judged by another version")
+    out = tmp_path / "anew"
+    assert main([str(whole), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'report.html'}\n"
+    assert main([str(out)]) == 0
+    anew = json.loads((out / "summary.json").read_text())
+    assert anew["claims"] == json.loads(told)["claims"] and "recompute" in anew["judged_anew"]["command"]
+    assert anew["models"] == summary["models"]
+    for name in ("effects.parquet", "mass.parquet", "eligibility.csv", "preregistration.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert "The verdicts are of a later version" in (out / "report.html").read_text()
+    assert (whole / "motifs.csv").read_text() == "judged by another version"
+
+
+def test_combine_of_parts_is_the_whole_grid(tmp_path, whole):
+    parts = [part(tmp_path, "embedding", "older"), part(tmp_path, "older", "current", "recent")]
+    alone = pd.read_csv(parts[0] / "cells.csv")
+    combine(parts, tmp_path / "out")
+    for name in ("cells", "contrasts", "motifs", "spearman", "dissociation"):
+        both = [pd.read_csv(folder / f"{name}.csv") for folder in (whole, tmp_path / "out")]
+        keys = [key for key in ("model", "baseline", "cell", "sublayer", "metric") if key in both[0]]
+        both = [table.sort_values(keys, ignore_index=True) for table in both]
+        pd.testing.assert_frame_equal(*both)
+    joint = pd.read_csv(whole / "cells.csv").set_index(["model", "cell"])
+    index = pd.MultiIndex.from_frame(alone[["model", "cell"]])
+    # A part knows the size of the grid, but neither what else was excluded nor the other p.
+    assert (alone["p_holm"].to_numpy() >= joint.loc[index, "p_holm"].to_numpy() - 1e-12)[alone["eligible"]].all()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["grid"]["complete"] and summary["grid"]["run_cells"] == 24
+    registered = json.loads((tmp_path / "out" / "preregistration.json").read_text())
+    assert [found["folder"] for found in registered["parts"]] == [folder.name for folder in parts]
+    assert len(registered["cells"]) == 24
+    assert recompute(read_measured(tmp_path / "out"))[1] == []
+
+
+def test_estimates_from_gradients_are_kept_by_recompute_and_combine(tmp_path, whole):
+    effects = TABLES[0][TABLES[0]["model"] == "attnres"]
+    estimates = effects[["model", "cell", "window", "document", "split", "family"]].assign(estimate=effects["dnll"])
+    estimates.to_parquet(whole / "attribution.parquet")
+    judge_anew(read_measured(whole), tmp_path / "anew")
+    assert (tmp_path / "anew" / "attribution.parquet").is_file()
+    anew = json.loads((tmp_path / "anew" / "summary.json").read_text())
+    assert anew["attribution_rank"]["rho"] == pytest.approx(1) and len(anew["attribution"]) == 23
+    parts = [part(tmp_path, "embedding", "older"), part(tmp_path, "older", "current", "recent")]
+    for folder in parts:
+        families = json.loads((folder / "preregistration.json").read_text())["probe"]["families"]
+        estimates[estimates["family"].isin(families)].to_parquet(folder / "attribution.parquet")
+    combine(parts, tmp_path / "out")
+    joint = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert joint["attribution_rank"] == anew["attribution_rank"]
+    assert "estimated to first order" in write_report(tmp_path / "out").read_text()
+
+
+def test_combine_refuses_parts_that_do_not_belong_together(tmp_path):
+    first = part(tmp_path, "embedding")
+    with pytest.raises(ConfigError, match="two or more different folders"):
+        combine([first, first], tmp_path / "out")
+    other = part(tmp_path, "older", hashes={"data": "abc", "checkpoint": "other"})
+    with pytest.raises(ConfigError, match="their hashes"):
+        combine([first, other], tmp_path / "out")
+    longer = part(tmp_path, "current", probe={"families": ["current"], "length": 32, "seed": 0})
+    with pytest.raises(ConfigError, match="their probe settings differ"):
+        combine([first, longer], tmp_path / "out")
+    effects, mass, eligibility = TABLES
+    changed = effects.assign(dnll=effects["dnll"] + 0.001), mass, eligibility
+    again = part(tmp_path, "embedding", "recent", tables=changed)
+    with pytest.raises(DataError, match="parts differ in the effects of attnres, mask:embedding"):
+        combine([first, again], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recompute_command_asks_for_an_output(tmp_path, capsys):
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert main([str(tmp_path / "a")]) == 2
+    assert "no probe folder" in capsys.readouterr().err
+
+
+def test_register_keeps_the_first_and_tells_of_an_amendment(tmp_path):
+    path = tmp_path / "preregistration.json"
+    assert register(path, {"written": "first", "cells": ["a"]})["written"] == "first"
+    before = path.read_bytes()
+    assert register(path, {"written": "later", "cells": ["a"]})["written"] == "first"
+    assert path.read_bytes() == before
+    amended = register(path, {"written": "later", "cells": ["a", "b"]})
+    assert amended["amends"]["written"] == "first" and amended["written"] == "later"
+    (kept,) = tmp_path.glob("preregistration-*.json")
+    assert kept.read_bytes() == before and kept.stem.endswith(amended["amends"]["sha256"][:8])
+    assert register(path, {"written": "last", "cells": ["a", "b"]}) == amended

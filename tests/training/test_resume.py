@@ -1,0 +1,124 @@
+"""A run that was killed anywhere ends with the same bits as one that was not."""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import (
+    KILLED,
+    child_killed_in,
+    child_run,
+    child_signalled_at,
+    rows,
+    run,
+    same,
+    settings,
+    state,
+)
+from warm_processes import exit_code, in_child
+
+from attnres.errors import Stopped
+from attnres.files.run_folder import list_steps, verify
+
+
+def random_settings(folder: Path, data: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """With dropout, so that random numbers matter."""
+    return settings(folder, data, model__attention_dropout=0.2, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> dict[int, Path]:
+    """Uninterrupted runs, by number of micro-batches in a step."""
+    return {
+        accumulate: run(
+            random_settings(tmp_path_factory.mktemp("whole"), data, trainer__micro_batch_size=4 // accumulate)
+        )
+        for accumulate in (1, 2)
+    }
+
+
+@pytest.fixture(scope="module")
+def undropped(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Path:
+    """An uninterrupted run without dropout: how its batches are split may not matter."""
+    return run(settings(tmp_path_factory.mktemp("undropped"), data))
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    assert rows(folder) == rows(reference)
+    assert [float(row["loss"]).hex() for row in rows(folder)] == [float(r["loss"]).hex() for r in rows(reference)]
+    assert len(rows(folder)) == 6
+    ours, theirs = state(folder, 6), state(reference, 6)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "attnres"):
+        assert same(ours[key], theirs[key]), key
+
+
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_train_resumes_bitwise_after_sigkill(
+    tmp_path: Path, data: dict[str, Any], whole: dict[int, Path], accumulate: int, workers: int
+) -> None:
+    plain = random_settings(tmp_path, data, trainer__micro_batch_size=4 // accumulate, trainer__num_workers=workers)
+    # In the step after step 3: step 3 itself is lost, with part of step 4.
+    killed = in_child(child_signalled_at, plain, signal.SIGKILL, 3, accumulate - 1)
+    assert exit_code(killed) == KILLED
+    folder = tmp_path / whole[accumulate].name
+    assert list(list_steps(folder)) == [2]
+    assert exit_code(in_child(child_run, plain)) == 0
+    assert_same_run(folder, whole[accumulate])
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call", "survives"),
+    [
+        ("attnres.training.checkpoint", "export_model", 1, []),
+        ("attnres.training.checkpoint", "_write_manifest", 2, [2]),
+        ("attnres.training.callbacks", "prune", 2, [2, 4]),
+    ],
+)
+@pytest.mark.parametrize("background", [False, True])
+def test_train_resumes_bitwise_when_killed_while_saving(
+    tmp_path: Path,
+    data: dict[str, Any],
+    whole: dict[int, Path],
+    module: str,
+    name: str,
+    call: int,
+    survives: list[int],
+    background: bool,
+) -> None:
+    plain = random_settings(tmp_path, data, trainer__async_checkpoint=background)
+    assert exit_code(in_child(child_killed_in, plain, module, name, call)) == KILLED
+    folder = tmp_path / whole[1].name
+    assert list(list_steps(folder)) == survives
+    for path in list_steps(folder).values():
+        verify(path)
+    assert exit_code(in_child(child_run, plain)) == 0
+    assert_same_run(folder, whole[1])
+    assert not [p for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_train_stops_with_75_at_a_step_boundary_and_resumes(
+    tmp_path: Path, data: dict[str, Any], whole: dict[int, Path], number: int
+) -> None:
+    plain = random_settings(tmp_path, data, trainer__micro_batch_size=2, trainer__num_workers=2)
+    assert exit_code(in_child(child_signalled_at, plain, number, 2, 0)) == Stopped.code
+    folder = tmp_path / whole[2].name
+    assert list(list_steps(folder)) == [2, 3]
+    assert not (folder / "complete.json").exists()
+    assert exit_code(in_child(child_run, plain)) == 0
+    assert_same_run(folder, whole[2])
+
+
+def test_train_resumes_with_other_micro_batches_in_the_same_folder(
+    tmp_path: Path, data: dict[str, Any], undropped: Path
+) -> None:
+    # Six micro-batches were made by step 3: no multiple of the four that a step takes afterwards.
+    folder = run(settings(tmp_path, data, trainer__micro_batch_size=2, trainer__checkpoint_every_steps=3))
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    assert run(settings(tmp_path, data, trainer__micro_batch_size=1)) == folder
+    assert state(folder, 6)["global_step"] == 6
+    for ours, theirs in zip(rows(folder), rows(undropped), strict=True):
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), abs=2e-6)
+        assert ours["tokens"] == theirs["tokens"]
