@@ -1,6 +1,6 @@
 """Train a Block AttnRes Qwen3 or its vanilla baseline: `python train.py --help`."""
 
-from attnres.commands.hydra_door import train
+from attnres.commands.train import main
 
 if __name__ == "__main__":
-    train()
+    main()

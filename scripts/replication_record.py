@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from attnres.files.run_folder import COMPLETE, MANIFEST, sha256_of
+from attnres.files.hashes import sha256_of
+from attnres.files.run_folder import COMPLETE, MANIFEST
 from attnres.report.comparison import write_comparison
 from attnres.report.report import write_report
 from attnres.statistics.rejudge import judge_anew, read_measured

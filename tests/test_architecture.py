@@ -7,25 +7,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnres"
-SHARED = {"errors", "version", "faults"}
+SHARED = {"errors", "faults"}
 TOOLS = {"errors", "faults"}
 # room -> the other rooms and modules of the package that it may import
 ARROWS = {
-    "files": {"version"},
+    "files": set(),
     "depth": set(),
     "ops": set(),
-    "processes": set(),
+    "processes": {"files"},
     "config": set(),
     "model": {"ops", "depth", "files"},
     "data": {"config", "files"},
-    "tables": {"model", "probe"},
-    "interventions": {"model", "depth", "data", "probe", "statistics"},
-    "statistics": {"config", "files", "tables", "report"},
-    "training": {"ops", "depth", "model", "data", "config", "files", "processes", "version"},
+    "tables": {"depth", "files"},
+    "interventions": {"model", "depth", "data", "probe", "tables"},
+    "statistics": {"config", "depth", "files", "tables"},
+    "training": {"ops", "depth", "model", "data", "config", "files", "processes"},
     "probe": {"ops", "depth", "model", "data", "config", "files", "processes", "tables", "interventions", "statistics",
-              "report", "version"},
-    "report": {"files", "tables", "statistics"},
-    "commands": {"training", "probe", "report", "statistics", "data", "config", "files"},
+              "report"},
+    "report": {"depth", "files", "tables", "statistics"},
+    "commands": {"training", "probe", "report", "statistics", "data", "config", "files", "processes"},
 }  # fmt: skip
 TABLES_ONLY = tuple(
     str(path.relative_to(PACKAGE))

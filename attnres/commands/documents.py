@@ -4,23 +4,23 @@ The batch of a step is a function of the seed and the step, so nothing has to be
 follows from the run's configuration and its corpus.
 """
 
-import argparse
 import json
-import logging
 import signal
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from attnres.commands.door import parsed_command
 from attnres.config import build
 from attnres.data.config import DataConfig
 from attnres.data.corpus.build import prepare
 from attnres.data.corpus.corpus import Corpus
 from attnres.data.windows.datamodule import documents_in_step
-from attnres.errors import AttnResError, ConfigError, DataError
+from attnres.errors import ConfigError, DataError
 
 
 def spans(corpus: Corpus, config: DataConfig, step: int, global_batch_size: int) -> Iterator[dict[str, Any]]:
@@ -79,31 +79,28 @@ def read_run(folder: Path) -> tuple[DataConfig, int, str | None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the pieces of documents of a step, a line of JSON each; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    """Prints the spans of documents of a step, a line of JSON each; returns the exit code."""
+    parser = ArgumentParser(
         prog="python -m attnres.commands.documents",
         description="Which documents an optimizer step of a run was made of.",
     )
     parser.add_argument("--run", type=Path, required=True, help="a run folder; the hash may be left out")
     parser.add_argument("--step", type=int, required=True, help="optimizer step as in metrics.csv: 1 is the first")
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    try:
-        if given.step < 1:
-            raise ConfigError(f"--step: expected at least 1, got {given.step}")
-        config, size, fingerprint = read_run(given.run)
-        corpus = prepare(config)
-        if fingerprint is not None and fingerprint != corpus.fingerprint:
-            raise DataError(
-                f"data: {given.run} was trained on other text ({fingerprint[:8]}) than is found now "
-                f"({corpus.fingerprint[:8]}); ask where it was trained"
-            )
-        for span in spans(corpus, config, given.step - 1, size):
-            sys.stdout.write(json.dumps(span) + "\n")
-    except AttnResError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return error.code
-    return 0
+    return parsed_command(parser, _documents, arguments)
+
+
+def _documents(given: Namespace) -> None:
+    if given.step < 1:
+        raise ConfigError(f"--step: expected at least 1, got {given.step}")
+    config, size, fingerprint = read_run(given.run)
+    corpus = prepare(config)
+    if fingerprint is not None and fingerprint != corpus.fingerprint:
+        raise DataError(
+            f"data: {given.run} was trained on other text ({fingerprint[:8]}) than is found now "
+            f"({corpus.fingerprint[:8]}); ask where it was trained"
+        )
+    for span in spans(corpus, config, given.step - 1, size):
+        sys.stdout.write(json.dumps(span) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,10 @@
 Everything here follows from the depth plan, so eligibility is fixed before any model is run.
 """
 
-import re
 from dataclasses import dataclass
-from typing import Literal
 
+from attnres.depth.places import BANDS, FAMILIES, NUMBERED, SUBLAYERS, WHOLE_READ, Places
 from attnres.depth.plan import DepthPlan, ReadPlan
-
-FAMILIES = ("embedding", "current", "recent", "older")
-# What stands for a family where something is done to all sources of a read.
-WHOLE_READ = "read"
-SUBLAYERS = ("attn", "mlp")
-BANDS = ("early", "mid", "late")
-_NUMBERED = re.compile(r"(layer|block|read)(0|[1-9][0-9]{0,5})")
 
 
 def family_indices(family: str, num_sources: int) -> tuple[int, ...]:
@@ -53,7 +45,7 @@ def band_layers(band: str, num_layers: int) -> range:
 
 def check_place(sublayer: str | None, band: str) -> None:
     """Raises ValueError where the two name no place (see `place_reads`)."""
-    numbered = _NUMBERED.fullmatch(band)
+    numbered = NUMBERED.fullmatch(band)
     if numbered is not None and numbered[1] == "read":
         if sublayer is not None:
             raise ValueError(f"sublayer: {band} is one read and takes none, received {sublayer!r}")
@@ -79,7 +71,7 @@ def place_reads(plan: DepthPlan, sublayer: str | None, band: str) -> tuple[ReadP
     if band in BANDS:
         layers = band_layers(band, plan.num_layers)
     else:
-        numbered = _NUMBERED.fullmatch(band)
+        numbered = NUMBERED.fullmatch(band)
         assert numbered is not None
         unit, number = numbered[1], int(numbered[2])
         if unit == "read":
@@ -96,9 +88,6 @@ def place_sublayer(plan: DepthPlan, sublayer: str | None, band: str) -> str:
         return sublayer
     number = int(band.removeprefix("read"))
     return "final" if number == 2 * plan.num_layers else SUBLAYERS[number % 2]
-
-
-Places = Literal["bands", "layers", "blocks", "reads"]
 
 
 def places(plan: DepthPlan, kind: Places) -> tuple[tuple[str | None, str], ...]:

@@ -2,19 +2,14 @@
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from attnres import faults
 from attnres.files.redaction import redact
 
 PACKAGES = (
@@ -66,6 +61,9 @@ def versions() -> dict[str, str | None]:
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, threads and accelerators."""
+    # Commands that read tables alone come by here and must not load it.
+    import torch
+
     return {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -97,49 +95,6 @@ def collect(command: str, seeds: Mapping[str, int], hashes: Mapping[str, str | N
 def command_line() -> str:
     """The command that started this process, without secrets."""
     return redact(" ".join([Path(sys.executable).name, *sys.argv]))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file that appears under its final name whole, or not at all.
-
-    Yields:
-        The temporary path beside it to write to. It is flushed and renamed at the end, and removed after an error.
-    """
-    temporary = path.with_name(f".tmp-{path.name}")
-    # What a killed process left, or a link that somebody put there: neither is written through.
-    temporary.unlink(missing_ok=True)
-    temporary.open("xb").close()
-    try:
-        yield temporary
-        fsync_path(temporary)
-        faults.point("write")
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def fsync_path(path: Path) -> None:
-    """Flushes a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -6,19 +6,15 @@ runs/<name>-<hash>/checkpoints/step_00000200/
     manifest.json     sha256 and size of every other file, written last
 """
 
-import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from attnres.errors import CheckpointError, ConfigError
-from attnres.files.json_files import read_object
+from attnres.files.hashes import sha256_of
+from attnres.files.whole_files import read_object
 
 log = logging.getLogger(__name__)
 
@@ -47,27 +43,6 @@ def list_steps(run_folder: Path) -> dict[int, Path]:
         if match and path.is_dir():
             found[int(match[1])] = path
     return dict(sorted(found.items()))
-
-
-@contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """One process writes to a folder at a time. The lock is the kernel's, so that it dies with its holder.
-
-    Args:
-        what: kind of process that may hold it, for the message.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{folder} is in use by another {what} process; wait for it or change the run") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def refuse_links(folder: Path) -> None:
@@ -174,8 +149,3 @@ def read_info(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: unreadable ({error}); choose another checkpoint") from error
     return found[0], found[1]
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,9 +6,9 @@ from attnres.depth.families import place_sublayer, places
 from attnres.depth.plan import DepthPlan
 from attnres.interventions.ids import FAMILY_KINDS, Intervention, Spec, parse
 from attnres.probe.config import GridConfig
-from attnres.statistics.claims import MOTIFS
+from attnres.tables.names import STUDY_MOTIFS
 
-_MOTIF_SLICES = frozenset((family, sublayer, band) for _, family, sublayer, band in MOTIFS)
+_MOTIF_SLICES = frozenset((family, sublayer, band) for _, family, sublayer, band in STUDY_MOTIFS)
 
 
 def candidates(settings: GridConfig, plan: DepthPlan) -> list[Spec]:

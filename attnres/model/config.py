@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen3Config
+from transformers import AutoConfig, Qwen3Config
 
 from attnres.depth.plan import DepthPlan
 
@@ -55,3 +55,6 @@ class Qwen3AttnResConfig(Qwen3Config):
         """The depth plan that this configuration describes."""
         convention: Literal["block_sum", "seeded_block_sum", "cumulative", "full"] = self.attnres_sources  # type: ignore[assignment]
         return DepthPlan(self.num_hidden_layers, self.attnres_num_blocks, convention)
+
+
+AutoConfig.register(Qwen3AttnResConfig.model_type, Qwen3AttnResConfig, exist_ok=True)

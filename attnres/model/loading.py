@@ -1,8 +1,7 @@
-"""One door for every kind of checkpoint, and the wraps that make a vanilla Qwen3 routable."""
+"""One door for every kind of checkpoint."""
 
 import dataclasses
 import logging
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from attnres.errors import CheckpointError
-from attnres.files.json_files import read_object
+from attnres.files.whole_files import read_object
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.released import read_weights, released_convention, weight_files
+from attnres.model.routing import is_bias
 
 logger = logging.getLogger(__name__)
 
-Schedule = Literal["recency", "uniform"]
-SCHEDULES: tuple[Schedule, ...] = ("recency", "uniform")
 # Hugging Face hub ids are `owner/name`; anything else is a path and never leads to a download.
 _HUB_ID_PARTS = 2
 # A configuration may claim this many times what its file holds (tied or absent tensors) before it is refused.
@@ -155,7 +153,7 @@ def load_model(
     _check_size(folder, config, weights)
     if bias == "init" and isinstance(config, Qwen3AttnResConfig):
         for name in weights:
-            if name.endswith("_res_bias"):
+            if is_bias(name):
                 weights[name] = torch.zeros_like(weights[name])
                 weights[name][-1] = config.attnres_recency_bias_init
     build: Any = Qwen3AttnResForCausalLM if isinstance(config, Qwen3AttnResConfig) else Qwen3ForCausalLM
@@ -173,7 +171,7 @@ def load_model(
     model.load_state_dict(weights)
     model.tie_weights()
     if isinstance(config, Qwen3AttnResConfig):
-        values = [weights[name].float() for name in weights if name.endswith("_res_bias")]
+        values = [weights[name].float() for name in weights if is_bias(name)]
         flat = torch.cat([value.flatten() for value in values])
         logger.info("routing biases (%s): %.4g to %.4g", bias, flat.min(), flat.max())
     return model.eval()
@@ -213,61 +211,3 @@ def _check_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tens
             raise CheckpointError(
                 f"checkpoint {folder}: {name} holds a value that is not finite; use an earlier checkpoint"
             )
-
-
-def wrap_qwen3(
-    model_or_path: PreTrainedModel | str | Path,
-    schedule: Schedule = "recency",
-    num_blocks: int = 8,
-    recency_bias: float = 10.0,
-) -> Qwen3AttnResForCausalLM:
-    """A vanilla Qwen3 as a routable model with content-independent weights.
-
-    Args:
-        model_or_path: a `Qwen3ForCausalLM`, or what `load_model` takes. Its weights are copied.
-        schedule: `"recency"`: cumulative sources, zero queries, `recency_bias` on the newest; equal to the vanilla
-            model only as the bias grows. `"uniform"`: block sums, zero queries and biases, each norm's eps divided by
-            `S^2`; equal to the vanilla model exactly.
-        num_blocks: blocks asked for, at most the number of layers.
-        recency_bias: bias b of the newest source, in nats.
-
-    Raises:
-        ValueError: for an unknown schedule, or a model that is not a vanilla Qwen3.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, received {schedule!r}")
-    base = model_or_path if isinstance(model_or_path, PreTrainedModel) else load_model(model_or_path)
-    if not isinstance(base, Qwen3ForCausalLM):
-        raise ValueError(f"wrap_qwen3: expected a vanilla Qwen3ForCausalLM, received {type(base).__name__}")
-    stored = {k: v for k, v in base.config.to_dict().items() if k not in ("model_type", "architectures")}
-    recency = schedule == "recency"
-    config = Qwen3AttnResConfig.from_dict(
-        stored
-        | {
-            "attnres_sources": "cumulative" if recency else "block_sum",
-            "attnres_num_blocks": num_blocks,
-            "attnres_exact_uniform": not recency,
-            "attnres_recency_bias_init": float(recency_bias) if recency else 0.0,
-        }
-    )
-    wrapped: Any = Qwen3AttnResForCausalLM(config)
-    wrapped = wrapped.to(base.dtype)
-    # Queries and biases keep the start that the class gives them (zero, and `recency_bias` on the newest source).
-    missing, unexpected = wrapped.load_state_dict(base.state_dict(), strict=False)
-    strange = [name for name in missing if "_res_" not in name] + list(unexpected)
-    if strange:
-        raise ValueError(f"wrap_qwen3: parameters do not match the vanilla model: {', '.join(strange[:3])}")
-    return wrapped.to(base.device).train(base.training)
-
-
-def schedule_weights(num_sources: int, schedule: Schedule, recency_bias: float = 10.0) -> list[float]:
-    """Analytic routing weights of a wrap at a read of S sources, oldest first.
-
-    Recency with N = S - 1 others: `e^b / (e^b + N)` on the newest, `1 / (e^b + N)` on each of the rest.
-    """
-    if schedule == "uniform":
-        return [1.0 / num_sources] * num_sources
-    # Divided through by e^b, so that a large bias does not overflow.
-    small = math.exp(-recency_bias)
-    total = 1.0 + (num_sources - 1) * small
-    return [small / total] * (num_sources - 1) + [1.0 / total]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from attnres.errors import CheckpointError
-from attnres.files.json_files import read_object
-from attnres.files.run_folder import CHECKPOINTS, COMPLETE, MANIFEST, MODEL_FOLDER, latest, sha256_of, verify
+from attnres.files.hashes import sha256_of
+from attnres.files.run_folder import CHECKPOINTS, COMPLETE, MANIFEST, MODEL_FOLDER, latest, verify
+from attnres.files.whole_files import read_object
 from attnres.model.loading import model_folder
 from attnres.model.released import weight_files
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -333,3 +334,6 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         return AttnResCausalLMOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, routing=outputs.routing
         )
+
+
+AutoModelForCausalLM.register(Qwen3AttnResConfig, Qwen3AttnResForCausalLM, exist_ok=True)

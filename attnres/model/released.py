@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from attnres.model.routing import is_final
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder; empty if it has none."""
@@ -44,4 +46,4 @@ def released_weights(path: Any) -> dict[str, Tensor] | None:
 
 def released_convention(names: set[str]) -> str:
     """Source convention of a checkpoint that names none: only `seeded_block_sum` has a final read."""
-    return "seeded_block_sum" if any(name.startswith("model.final_res_") for name in names) else "cumulative"
+    return "seeded_block_sum" if any(is_final(name) for name in names) else "cumulative"

@@ -16,6 +16,26 @@ from attnres.model.state import DepthState, Edit, Observer, Site, Trace, VectorE
 from attnres.ops import ReadParameters
 
 
+def is_routing(name: str) -> bool:
+    """Whether a parameter, by its name in a checkpoint, belongs to a read: its query, key norm or bias."""
+    return "_res_" in name
+
+
+def is_query(name: str) -> bool:
+    """Whether it is the query of a read."""
+    return name.endswith("_res_proj.weight")
+
+
+def is_bias(name: str) -> bool:
+    """Whether it is the bias of a read."""
+    return name.endswith("_res_bias")
+
+
+def is_final(name: str) -> bool:
+    """Whether it belongs to the final read."""
+    return name.startswith("model.final_res_")
+
+
 def attach_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig, plan: DepthPlan, read: ReadPlan) -> None:
     """Create `{prefix}_res_proj`, `{prefix}_res_norm` and `{prefix}_res_bias` on the module that owns the sublayer.
 

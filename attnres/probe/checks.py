@@ -11,8 +11,8 @@ from transformers import Qwen3ForCausalLM
 from attnres.depth.families import BANDS, SUBLAYERS
 from attnres.errors import NumericsError
 from attnres.interventions.ids import CLEAN, Intervention, Spec
-from attnres.model.loading import schedule_weights
 from attnres.model.state import Trace
+from attnres.model.wraps import schedule_weights
 from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited, run_from, run_rows
 
 SCHEDULE_LIMIT = 1e-6

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from attnres.config import nearest, require, to_plain
-from attnres.depth.families import BANDS, FAMILIES, SUBLAYERS, Places
+from attnres.depth.places import BANDS, FAMILIES, SUBLAYERS, Places
 from attnres.interventions.ids import FAMILY_KINDS, KINDS, parse
-from attnres.statistics.inference import StatisticsConfig
+from attnres.statistics.config import StatisticsConfig
 
 # Keys that say where and how a probe executes, not what it measures.
 EXECUTION_KEYS = ("runs_dir", "cache_dir", "device", "devices", "threads", "debug")

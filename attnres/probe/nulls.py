@@ -7,8 +7,7 @@ from torch import nn
 
 from attnres.errors import ConfigError
 from attnres.model.modeling import PREFIXES, Qwen3AttnResForCausalLM
-
-NULLS = ("untrained", "shuffled_queries")
+from attnres.tables.names import NULLS
 
 
 def null_model(name: str, trained: Qwen3AttnResForCausalLM, seed: int) -> Qwen3AttnResForCausalLM:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnres.depth.families import Cell, family_indices, family_of
 from attnres.depth.plan import DepthPlan
-from attnres.model.loading import schedule_weights
 from attnres.model.state import Trace
+from attnres.model.wraps import schedule_weights
 from attnres.probe.measure import measure_mass
 from attnres.probe.passes import Subject
 

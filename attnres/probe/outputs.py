@@ -14,7 +14,7 @@ import pandas as pd
 from attnres.config import to_plain
 from attnres.data import ProbeWindows
 from attnres.depth.families import BANDS, band_layers
-from attnres.files.provenance import whole_file, write_json, write_text
+from attnres.files.whole_files import whole_file, write_json, write_text
 from attnres.interventions.ids import Spec, parse
 from attnres.probe.baseline import Located
 from attnres.probe.checks import Check
@@ -23,7 +23,7 @@ from attnres.probe.nulls import NULLS
 from attnres.probe.passes import Subject
 from attnres.probe.runner import Split, Tables
 from attnres.probe.subjects import Further
-from attnres.statistics.inference import StatisticsConfig
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.judgement import findings, judge, registered_as, windows_digest
 from attnres.tables.roles import TRAINED
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from attnres.files.provenance import whole_file
+from attnres.files.whole_files import whole_file
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,15 @@ from transformers import Qwen3ForCausalLM
 from attnres import faults
 from attnres.config import build, to_plain
 from attnres.data import Corpus, DataConfig, ProbeWindows, prepare, probe_windows
-from attnres.errors import AttnResError, CheckpointError, ConfigError, DataError, Stopped, StorageError
+from attnres.errors import AttnResError, CheckpointError, ConfigError, DataError, Stopped
 from attnres.files.provenance import collect, source_digest
-from attnres.files.run_folder import refuse_links, refuse_unsafe_loading
+from attnres.files.run_folder import LOCK, refuse_links, refuse_unsafe_loading
+from attnres.files.whole_files import locked, storage_errors
 from attnres.interventions.grid import candidates, whole_grid
 from attnres.interventions.ids import Spec
-from attnres.model.loading import load_model, wrap_qwen3
+from attnres.model.loading import load_model
 from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.model.wraps import wrap_qwen3
 from attnres.probe.attribution import attribution_table, run_attribution
 from attnres.probe.baseline import Located, locate, locate_baseline
 from attnres.probe.checks import check_subject, require_passed
@@ -46,10 +48,15 @@ from attnres.probe.runner import (
 )
 from attnres.probe.subjects import further_subjects, locate_controls
 from attnres.probe.token_viewer import write_viewer
-from attnres.processes.signals import StopSignals, lock
+from attnres.processes.memory import out_of_memory
+from attnres.processes.signals import StopSignals
 from attnres.report.report import write_report
 
 log = logging.getLogger(__name__)
+
+_PROMISE = "finishing the current cell, then stopping"
+_SMALLER = "lower probe.batch_size (the result stays the same)"
+_FREE = "free space or choose another runs_dir"
 
 # Windows that the checks look at; more would say the same more slowly.
 CHECK_WINDOWS = 4
@@ -119,7 +126,7 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
     digests = [where.digest for where in (trained_at, baseline_at, *controls_at.values())]
     folder = Path(config.runs_dir) / f"probe_{trained_at.run}-{config_hash(config, digests)}"
     chosen, whole = (make(config.probe, trained.model.plan) for make in (candidates, whole_grid))
-    with _only_probe_in(folder, ranks), _out_of_memory():
+    with _only_probe_in(folder, ranks), out_of_memory(_SMALLER):
         ids, labels = (tensor[:CHECK_WINDOWS].to(trained.device) for tensor in _checked(windows))
         checks = []
         for subject in subjects:
@@ -145,7 +152,7 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
         code = [provenance["versions"], source_digest(), device.type]
         measured_on = [to_plain(config.probe), hashes, code]
         parts_folder = folder / PARTS / digest(measured_on)
-        with _storage_errors(folder):
+        with storage_errors(folder, _FREE):
             if ranks.rank == 0:
                 registered = preregistration(setting, [spec.id for spec in chosen])
                 looks = {"earlier_looks": earlier_looks(folder, registered)}
@@ -172,33 +179,16 @@ def _only_probe_in(folder: Path, ranks: Ranks) -> Iterator[None]:
     with ExitStack() as stack:
         taken: AttnResError | None = None
         if ranks.rank == 0:
-            with _storage_errors(folder):
+            with storage_errors(folder, _FREE):
                 folder.mkdir(parents=True, exist_ok=True)
-            if not stack.enter_context(lock(folder)):
-                taken = ConfigError(f"{folder} is in use by another probe; wait for it or change the settings")
+            try:
+                busy = f"{folder} is in use by another probe; wait for it or change the settings"
+                stack.enter_context(locked(folder / LOCK, busy))
+            except ConfigError as error:
+                taken = error
         ranks.agree(taken)
         refuse_links(folder)
         yield
-
-
-@contextmanager
-def _out_of_memory() -> Iterator[None]:
-    """Names the setting that helps where a device, or the machine, has too little memory."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise ConfigError(f"out of memory ({told}); lower probe.batch_size (the result stays the same)") from error
-
-
-@contextmanager
-def _storage_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be written ({error.strerror}); free space or choose another runs_dir"
-        ) from error
 
 
 def _data_config(config: ProbeConfig, trained: Located) -> DataConfig:
@@ -313,7 +303,10 @@ def _run(
     if ranks.rank == 0:
         parts.clear()
     ranks.agree()
-    with StopSignals() as signals, tqdm(unit="cell", desc="probe", mininterval=1.0, disable=ranks.rank > 0) as bar:
+    with (
+        StopSignals(_PROMISE, "", can_save=True) as signals,
+        tqdm(unit="cell", desc="probe", mininterval=1.0, disable=ranks.rank > 0) as bar,
+    ):
         execution = Execution(
             windows,
             settings.batch_size,

@@ -8,9 +8,10 @@ from torch import nn
 
 from attnres.data import Corpus
 from attnres.errors import CheckpointError, ConfigError
-from attnres.model.loading import SCHEDULES, load_model
+from attnres.model.loading import load_model
 from attnres.model.locate import Located, locate
 from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.model.wraps import SCHEDULES
 from attnres.probe.config import ProbeConfig
 from attnres.probe.nulls import NULLS, null_model
 from attnres.probe.passes import Subject

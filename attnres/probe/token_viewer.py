@@ -13,7 +13,7 @@ import torch
 from attnres.data import Corpus, ProbeWindows
 from attnres.depth.families import family_of
 from attnres.depth.plan import ReadPlan
-from attnres.files.provenance import write_text
+from attnres.files.whole_files import write_text
 from attnres.probe.passes import Subject
 
 VIEWER = "viewer.json"

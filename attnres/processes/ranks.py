@@ -8,23 +8,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from attnres.errors import RankLost, Stopped
+from attnres.errors import RankLost
+from attnres.processes.launcher import POLL_SECONDS, end_as_lost, lost_message
 
 # Of a collective. A rank may wait this long for the first one to write a large checkpoint.
 GROUP_TIMEOUT = timedelta(minutes=10)
-_POLL_SECONDS = 0.5
 # How long the main thread gets to fail by itself, with a better message, before the watch ends the process.
 _GRACE_SECONDS = 5.0
-# Below the period of five seconds in which Lightning's launcher kills everything because one of its children ended.
-_LAUNCHER_SECONDS = 20.0
-# For a rank that ends at the same time as the one that started it.
-_LAUNCHER_GRACE_SECONDS = 2.0
 
 
 class Peers:
@@ -63,18 +57,12 @@ class Peers:
         deadline = time.monotonic() + 2
         while not (gone := self.gone()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return RankLost(f"{_name(gone)}: {reason}")
+        return RankLost(f"{lost_message(gone)}: {reason}")
 
     def _watch(self) -> None:
-        while not self._over.wait(_POLL_SECONDS):
+        while not self._over.wait(POLL_SECONDS):
             if self.gone() and not self._over.wait(_GRACE_SECONDS):
-                os.write(2, f"\nerror: {_name(self.gone())}\n".encode())
-                os._exit(RankLost.code)
-
-
-def _name(gone: list[int]) -> str:
-    which = f"rank {', '.join(map(str, gone))} died" if gone else "another rank died or cannot be reached"
-    return f"{which}; the same command resumes from the last checkpoint"
+                end_as_lost(self.gone())
 
 
 def _born(pid: int) -> str:
@@ -94,45 +82,3 @@ def is_connection_loss(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("closed by peer", "connection reset", "broken pipe", "timed out", "connection refused", "gloo")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-
-
-def launched_by_lightning() -> bool:
-    """Whether this is a further rank that Lightning started itself, as opposed to torchrun or a scheduler."""
-    outside = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return int(os.environ.get("LOCAL_RANK") or 0) > 0 and not any(name in os.environ for name in outside)
-
-
-@contextmanager
-def bound_to_launcher() -> Iterator[None]:
-    """Ends a rank that Lightning started with the process that started it, and not before it.
-
-    Lightning's launcher kills everything, itself included, once a child ends with a code other than 0, which would hide
-    the code of a stopped run; and it takes nobody along when it is killed.
-    """
-    if not launched_by_lightning():
-        yield
-        return
-    parent = os.getppid()
-    ending = threading.Event()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_POLL_SECONDS)
-        if ending.wait(_LAUNCHER_GRACE_SECONDS):
-            # The main thread is ending by itself and has yet to say why.
-            time.sleep(_LAUNCHER_GRACE_SECONDS)
-        else:
-            os.write(2, f"\nerror: {_name([0])}\n".encode())
-        # The launcher had an end of its own to report; nobody reads this one.
-        os._exit(Stopped.code)
-
-    threading.Thread(target=watch, daemon=True, name="launcher").start()
-    try:
-        yield
-        ending.set()
-    except Exception:
-        ending.set()
-        deadline = time.monotonic() + _LAUNCHER_SECONDS
-        while os.getppid() == parent and time.monotonic() < deadline:
-            time.sleep(0.1)
-        raise

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
+from attnres.depth.places import place_kind
 from attnres.report import words as words
 from attnres.report.figures import cells as figures_cells
 from attnres.report.figures import doses as figures_doses
@@ -89,7 +90,7 @@ def draw(tables: Tables) -> dict[str, list[Drawing]]:
 def _draw_routing(album: Album, reads: pd.DataFrame, model: str, name: str) -> None:
     if len(reads):
         means = reads[reads["num_sources"] > 1].groupby("role")["weight"].mean()
-        text = ", ".join(f"{role} {means[role]:.2f}" for role in plotting.ordered(means.index, plotting.FAMILIES))
+        text = ", ".join(f"{role} {means[role]:.2f}" for role in plotting.ordered(means.index, plotting.DRAWN_FAMILIES))
         alt = f"{model}: routing weight by layer and source; mean weight of a source by family: {text}."
         album.add("routing", name, figures.routing_heatmap(reads, model), alt)
     known = reads[reads["analytic"].notna() & (reads["num_sources"] > 1)]
@@ -121,7 +122,7 @@ def _draw_effects(album: Album, tables: Tables, model: str, name: str) -> None:
 
 
 def _along_depth(place: str) -> bool:
-    return plotting.place_kind(place) not in ("band", "other")
+    return place_kind(place) in ("layer", "block", "read")
 
 
 def _draw_mass(album: Album, part: pd.DataFrame, model: str, name: str, margin: float, ranked: bool) -> None:

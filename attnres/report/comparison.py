@@ -30,7 +30,8 @@ from attnres.report.runs import (
 )
 from attnres.report.tables import one_line
 from attnres.statistics.cells import contrast_table
-from attnres.statistics.inference import StatisticsConfig, sign_flip_p
+from attnres.statistics.config import StatisticsConfig
+from attnres.statistics.inference import sign_flip_p
 
 SECTIONS = ("side", "seeds", "steps", "paired")
 LEAST_SEEDS = 6

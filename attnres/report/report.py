@@ -2,20 +2,15 @@
 
 No model is loaded and nothing is recomputed that a table already says: `python -m attnres.commands.report DIR`
 draws the report of an old run again, and gives the same bytes. Several folders give one report that compares
-their runs (`report_compare`). Effects are in nats/token.
+their runs (`attnres.report.comparison`). Effects are in nats/token.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnres.errors import AttnResError, StorageError
-from attnres.files.run_folder import refuse_unsafe_loading
+from attnres.errors import StorageError
 from attnres.report import words as words
 from attnres.report.album import Drawing, draw
-from attnres.report.comparison import default_folder, write_comparison
 from attnres.report.page import render_html, render_text, write_file
 from attnres.report.tables import Tables, one_line, read_tables
 from attnres.report.viewer import read_viewer
@@ -93,28 +88,3 @@ def _context(tables: Tables, drawings: dict[str, list[Drawing]]) -> dict[str, An
         "preregistration": words.redact(tables.preregistration),
         "sample": [(split, rows["document"].nunique(), len(rows)) for split, rows in windows],
     }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m attnres.commands.report DIR [DIR ...] [--out FOLDER]`: draws a report again, or one over several runs;
-    prints its path, returns the exit code.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m attnres.commands.report", description="Redraw a probe's report, or compare several probes."
-    )
-    parser.add_argument("folder", type=Path, nargs="+", help="a folder that probe.py wrote; several are compared")
-    parser.add_argument(
-        "--out", type=Path, help="where the report goes (default: DIR, or comparison-* beside the first)"
-    )
-    given = parser.parse_args(arguments)
-    try:
-        refuse_unsafe_loading()
-        if len(given.folder) == 1:
-            path = write_report(given.folder[0], given.out)
-        else:
-            path = write_comparison(given.folder, given.out or default_folder(given.folder))
-    except AttnResError as error:
-        sys.stderr.write(f"error: {words.visible(error)}\n")
-        return error.code
-    sys.stdout.write(f"{path}\n")
-    return 0

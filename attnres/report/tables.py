@@ -9,8 +9,8 @@ import pandas as pd
 from pyarrow import parquet
 
 from attnres.errors import ConfigError, DataError
-from attnres.files.json_files import read_object
 from attnres.files.redaction import redact_values
+from attnres.files.whole_files import read_object
 from attnres.tables.roles import Roles
 
 _CELL = ("family", "sublayer", "band")

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from attnres.errors import DataError
-from attnres.files.json_files import read_object
+from attnres.files.whole_files import read_object
 from attnres.report.tables import one_line
 
 NAME, FORMAT = "viewer.json", 1

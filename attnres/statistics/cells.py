@@ -11,7 +11,6 @@ which other cells are there (except through the size of the Holm family). Rows c
 `eligibility`.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -19,9 +18,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from attnres.depth.places import place_kind
 from attnres.errors import ConfigError, DataError, NumericsError
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.inference import (
-    StatisticsConfig,
     adjust_p,
     bca_interval,
     cell_verdicts,
@@ -60,7 +60,6 @@ CONTRAST_COLUMNS = [
     *("family_size", "correction", "p_fdr"),
     *("mass_diff", "mass_diff_lo", "mass_diff_hi", "mass_p", "mass_p_holm", "mass_p_fdr", "mass_verdict"),
 ]
-BANDS = ("early", "mid", "late")
 _BOUNDED = ["mass", "norm_share", "displacement"]  # those with intervals over documents
 # A wrap's uniform routing equals |F| / S to this precision only, and that is not an excess.
 MASS_TOLERANCE = 1e-6
@@ -149,18 +148,9 @@ def grid_candidates(effects: pd.DataFrame, eligibility: pd.DataFrame) -> pd.Data
     return grid.sort_values("model", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
 
-def place_kind(band: str) -> str:
-    """What sort of place a cell is at: "band", or the word in front of its number ("layer", "block", "read")."""
-    places = band.split("+")
-    if all(place in BANDS for place in places):
-        return "band"
-    match = re.match(r"[a-z]+", places[0])
-    return match[0] if match else places[0]
-
-
 def correction_of(kind: str) -> Literal["holm", "fdr_bh"]:
-    """Holm over a grid of bands, whose cells are claims; Benjamini-Hochberg over a map of finer places."""
-    return "holm" if kind == "band" else "fdr_bh"
+    """Holm over bands, and over compositions, which are named singly; Benjamini-Hochberg over maps of finer places."""
+    return "holm" if kind in ("band", "composition") else "fdr_bh"
 
 
 def _families(

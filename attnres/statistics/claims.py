@@ -6,19 +6,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attnres.statistics.cells import SLICE, place_kind
+from attnres.depth.places import place_kind
+from attnres.statistics.cells import SLICE
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.dissociation import which_predicts
-from attnres.statistics.inference import StatisticsConfig, adjust_p
+from attnres.statistics.inference import adjust_p
 from attnres.statistics.motifs import motif_verdicts
+from attnres.tables.names import STUDY_MOTIFS
 from attnres.tables.roles import TRAINED, UNIFORM, Roles
 
-# The motifs that the study reports: (what it says, family, sublayer, band).
-MOTIFS = (
-    ("embedding through early MLPs", "embedding", "mlp", "early"),
-    ("current state through early attention", "current", "attn", "early"),
-    ("current state through early MLPs", "current", "mlp", "early"),
-    ("older history through late attention", "older", "attn", "late"),
-)
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = "reproduced", "not reproduced", "inconclusive", "not tested"
 Claim = dict[str, Any]
 
@@ -120,10 +116,10 @@ def _of_study(motifs: pd.DataFrame, model: str, config: StatisticsConfig) -> pd.
     They are a family of their own for Holm, because they were named before any result.
     """
     table = motifs[motifs["model"] == model].set_index(SLICE)
-    table = table.loc[[motif[1:] for motif in MOTIFS if motif[1:] in table.index]].assign(p_study=np.nan)
+    table = table.loc[[motif[1:] for motif in STUDY_MOTIFS if motif[1:] in table.index]].assign(p_study=np.nan)
     tested = table.index[table["p"].notna()]
     if len(tested):
-        table.loc[tested, "p_study"] = adjust_p(table.loc[tested, "p"], len(MOTIFS))
+        table.loc[tested, "p_study"] = adjust_p(table.loc[tested, "p"], len(STUDY_MOTIFS))
     told_as = {"motif": REPRODUCED, "no motif": NOT_REPRODUCED}
     verdicts = motif_verdicts(table, table["p_study"], config.alpha)
     return table.assign(told=[told_as.get(verdict, INCONCLUSIVE) for verdict in verdicts])
@@ -140,10 +136,10 @@ def _motif_claims(
     baselines = (*roles.baselines, *roles.nulls)
     test = (
         "causal; exceeds the family's other cells and its matched control (one-sided sign flips by document, Holm over "
-        f"the study's {len(MOTIFS)} motifs); against a baseline: its effect is larger than there"
+        f"the study's {len(STUDY_MOTIFS)} motifs); against a baseline: its effect is larger than there"
     )
     rows = []
-    for told, *where in MOTIFS:
+    for told, *where in STUDY_MOTIFS:
         claim, key = f"motif: {told}", (where[0], where[1], where[2])
         recurs = {name: verdicts.get(key, NOT_TESTED) for name, verdicts in elsewhere.items()}
         if key not in trained.index or key not in table.index:

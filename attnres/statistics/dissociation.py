@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from attnres.statistics.cells import MASS_TOLERANCE, MASSES, SLICE, document_means, grid_candidates, place_kind
-from attnres.statistics.inference import Floats, StatisticsConfig, adjust_p, bca_interval, sign_flip_p
+from attnres.depth.places import place_kind
+from attnres.statistics.cells import MASS_TOLERANCE, MASSES, SLICE, document_means, grid_candidates
+from attnres.statistics.config import StatisticsConfig
+from attnres.statistics.inference import Floats, adjust_p, bca_interval, sign_flip_p
 
 METRICS = ["mass", "norm_share", "displacement"]
 DISSOCIATION_COLUMNS = [

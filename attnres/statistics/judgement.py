@@ -13,11 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from attnres.files.provenance import write_text
+from attnres.files.whole_files import write_text
 from attnres.statistics.cells import cell_table, contrast_table
 from attnres.statistics.claims import baseline_disagreements, study_claims
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.dissociation import against_exact, dissociation_table, spearman_table, which_predicts
-from attnres.statistics.inference import StatisticsConfig
 from attnres.statistics.motifs import motif_table, permutation_null
 from attnres.tables.roles import TRAINED, Roles
 

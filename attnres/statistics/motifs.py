@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attnres.statistics.cells import SLICE, document_means, place_kind
-from attnres.statistics.inference import Floats, StatisticsConfig, adjust_p, bca_interval, sign_flip_p
+from attnres.depth.places import place_kind
+from attnres.statistics.cells import SLICE, document_means
+from attnres.statistics.config import StatisticsConfig
+from attnres.statistics.inference import Floats, adjust_p, bca_interval, sign_flip_p
 
 CONTROL = "matched"
 MOTIF_COLUMNS = [

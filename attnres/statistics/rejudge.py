@@ -7,10 +7,8 @@
 No model is loaded: `effects.parquet`, `mass.parquet`, `eligibility.csv` and `preregistration.json` are enough.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,11 @@ from typing import Any
 import pandas as pd
 
 from attnres.config import build
-from attnres.errors import AttnResError, ConfigError, DataError, StorageError
-from attnres.files.provenance import git_state, whole_file, write_json, write_text
-from attnres.report.report import write_report
+from attnres.errors import ConfigError, DataError, StorageError
+from attnres.files.provenance import git_state
+from attnres.files.whole_files import whole_file, write_json, write_text
 from attnres.statistics.cells import EFFECTS, MASSES, SLICE
-from attnres.statistics.inference import StatisticsConfig
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.judgement import Judged, findings, judge, registered_as, windows_digest
 
 # Settings of a probe that say which part of the grid it runs; parts must agree in all the others.
@@ -280,29 +278,3 @@ def _summary(
         | {"parts": [{"folder": part.folder.name, "command": part.summary.get("command")} for part in parts]}
         | findings(judged, effects, first.get("checks", []), statistics, first["models"], attribution)
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m attnres.commands.rejudge`: returns the exit code, 5 where a recomputed table differs."""
-    parser = argparse.ArgumentParser(prog="python -m attnres.commands.rejudge", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="a folder that probe.py wrote, or the parts of a grid")
-    parser.add_argument("--out", type=Path, help="where the probe judged anew, or the combined one, is written")
-    given = parser.parse_args(arguments)
-    try:
-        if len(given.folders) > 1:
-            if given.out is None:
-                raise ConfigError("--out: expected a folder for the combined probe, received none")
-            combine(given.folders, given.out)
-            sys.stdout.write(f"{write_report(given.out)}\n")
-            return 0
-        measured = read_measured(given.folders[0])
-        if given.out is not None:
-            judge_anew(measured, given.out)
-            sys.stdout.write(f"{write_report(given.out)}\n")
-            return 0
-        _, differing = recompute(measured)
-        sys.stdout.write(f"differ: {', '.join(differing)}\n" if differing else "all tables are reproduced exactly\n")
-        return 5 if differing else 0
-    except AttnResError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.code

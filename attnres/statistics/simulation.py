@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.dissociation import (
     METRICS,
     bootstrapped_spearman,
@@ -20,15 +21,7 @@ from attnres.statistics.dissociation import (
     percentile_test,
     pick_cells,
 )
-from attnres.statistics.inference import (
-    Floats,
-    StatisticsConfig,
-    adjust_p,
-    bca_interval,
-    cell_verdicts,
-    margin_tests,
-    sign_flip_p,
-)
+from attnres.statistics.inference import Floats, adjust_p, bca_interval, cell_verdicts, margin_tests, sign_flip_p
 from attnres.statistics.motifs import less_elsewhere
 
 Outcomes = NDArray[np.bool_]

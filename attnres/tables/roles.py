@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnres.model.loading import SCHEDULES
-from attnres.probe.nulls import NULLS
+from attnres.tables.names import NULLS, WRAPS, Model
 
-TRAINED = "attnres"
+TRAINED = Model.TRAINED
 # The wrap that may share the source convention of a trained model.
-UNIFORM = "uniform"
+UNIFORM = Model.UNIFORM
 
 
 @dataclass(frozen=True)
@@ -59,4 +58,4 @@ def _routing_trained(row: Mapping[str, Any]) -> bool:
         return bool(told)
     training = row.get("training")
     body_only = isinstance(training, Mapping) and training.get("trainable") == "body"
-    return row["name"] not in SCHEDULES and not body_only
+    return row["name"] not in WRAPS and not body_only

@@ -1,12 +1,8 @@
-"""What happens around an optimizer step: signals, clock, progress line, and one ordered list of duties."""
+"""What happens around an optimizer step: clock, progress line, and one ordered list of duties."""
 
 import logging
-import os
-import signal
 import sys
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,9 +12,9 @@ from tqdm import tqdm
 
 from attnres import faults
 from attnres.depth.plan import DepthPlan
-from attnres.errors import Stopped
 from attnres.files.run_folder import CHECKPOINTS, list_steps, step_name
-from attnres.processes.ranks import Peers, launched_by_lightning
+from attnres.processes.ranks import Peers
+from attnres.processes.signals import StopSignals
 from attnres.training.checkpoint import RunCheckpointIO, prune
 from attnres.training.checkpoint_schedule import CheckpointSchedule, due
 from attnres.training.config import TrainerConfig
@@ -28,61 +24,6 @@ from attnres.training.module import CausalLMModule
 from attnres.training.telemetry import Clock, SpikeDetector, peak_memory_gib
 
 log = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class StopSignals:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that is read between optimizer steps.
-
-    Until `can_save` is set there is nothing to save, and a signal ends the process at once with exit code 75. That is
-    done by a thread, because a handler of Python has to wait until torch returns, and a rank that waits for another
-    one to arrive does not. A second SIGINT interrupts at once. A context manager: previous handlers come back.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.can_save = False
-        self._previous: dict[signal.Signals, Any] = {}
-        self._previous_descriptor = -1
-        self._write = -1
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            read, self._write = os.pipe()
-            os.set_blocking(self._write, False)
-            self._previous = {number: signal.getsignal(number) for number in SIGNALS}
-            self._previous_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            for number in SIGNALS:
-                signal.signal(number, self._handle)
-            threading.Thread(target=self._watch, args=(read,), daemon=True, name="stop-signals").start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if self._write != -1:
-            signal.set_wakeup_fd(self._previous_descriptor)
-            os.close(self._write)
-            self._write = -1
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        # os.write is safe in a handler; a logging lock may be held by the code that was interrupted.
-        os.write(2, f"\n{self.received.name}: saving at the next optimizer step, then stopping\n".encode())
-
-    def _watch(self, read: int) -> None:
-        while number := os.read(read, 1):
-            if number[0] in SIGNALS and not self.can_save:
-                name = signal.Signals(number[0]).name
-                os.write(2, f"\nerror: {name} before the first step; the same command starts again\n".encode())
-                if not launched_by_lightning():
-                    os._exit(Stopped.code)
-                # Its end ends this process too, see `bound_to_launcher`.
-                os.kill(os.getppid(), number[0])
-        os.close(read)
 
 
 class ProgressLine:

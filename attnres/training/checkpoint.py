@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from attnres import faults
 from attnres.errors import CheckpointError, NumericsError, StorageError
-from attnres.files.provenance import fsync_path, write_json, write_text
+from attnres.files.hashes import sha256_of
 from attnres.files.run_folder import (
     CHECKPOINTS,
     MANIFEST,
@@ -32,8 +32,8 @@ from attnres.files.run_folder import (
     TRAINING_FILE,
     list_steps,
     refuse_unsafe_loading,
-    sha256_of,
 )
+from attnres.files.whole_files import fsync_path, write_json, write_text
 from attnres.training.card import model_card
 
 _MARGIN_BYTES = 32 * 2**20

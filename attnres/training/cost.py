@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Qwen3Config
 
 from attnres.config import require
 from attnres.data import accumulation_steps
+from attnres.model.routing import is_routing
 from attnres.training.config import TrainConfig, TrainerConfig
 from attnres.training.flops import GPUS, flops_per_token, known_gpu
 from attnres.training.initial_weights import freeze
@@ -99,7 +100,7 @@ def make_plan(config: TrainConfig, cluster: ClusterConfig) -> Plan:
     rate = cluster.peak * cluster.mfu / per_token
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
-        routing_parameters=sum(p.numel() for name, p in model.named_parameters() if "_res_" in name),
+        routing_parameters=sum(p.numel() for name, p in model.named_parameters() if is_routing(name)),
         tokens=tokens,
         tokens_per_step=tokens_per_step,
         flops_per_token=per_token,

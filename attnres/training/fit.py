@@ -1,8 +1,6 @@
 """`train`: from a configuration to a finished run folder, resumable at every step."""
 
-import errno
 import logging
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,22 +17,25 @@ from torch.utils.data import DataLoader
 from attnres import faults
 from attnres.config import to_plain
 from attnres.data import Corpus, TextDataModule, accumulation_steps, prepare
-from attnres.errors import AttnResError, CheckpointError, ConfigError, Stopped, StorageError
-from attnres.files.json_files import read_object
-from attnres.files.provenance import collect, write_json, write_text
+from attnres.errors import AttnResError, CheckpointError, ConfigError, Stopped
+from attnres.files.provenance import collect
 from attnres.files.redaction import redact_values
 from attnres.files.run_folder import (
     CHECKPOINTS,
     COMPLETE,
+    LOCK,
     TRAINING_FILE,
-    locked,
     refuse_links,
     refuse_unsafe_loading,
     step_name,
 )
+from attnres.files.whole_files import locked, read_object, storage_errors, write_json, write_text
 from attnres.model.locate import Located
-from attnres.processes.ranks import Peers, bound_to_launcher, is_connection_loss
-from attnres.training.callbacks import SIGNALS, StepDuties, StopSignals
+from attnres.processes.launcher import bound_to_launcher
+from attnres.processes.memory import out_of_memory
+from attnres.processes.ranks import Peers, is_connection_loss
+from attnres.processes.signals import StopSignals, ignore_stop_signals
+from attnres.training.callbacks import StepDuties
 from attnres.training.checkpoint import ExportInfo, RunCheckpointIO, clean
 from attnres.training.config import TrainConfig, config_hash, run_folder
 from attnres.training.flops import flops_per_token
@@ -46,6 +47,11 @@ from attnres.training.resume import Start, check_compatible, choose_start, compl
 from attnres.training.strategy import strategy
 
 log = logging.getLogger(__name__)
+
+_PROMISE = "saving at the next optimizer step, then stopping"
+_NOTHING_SAVED = "before the first step; the same command starts again"
+_SMALLER = "lower trainer.micro_batch_size (the result stays the same), or set trainer.gradient_checkpointing=true"
+_FREE = "free space or fix the folder"
 
 
 def train(config: TrainConfig, command: str) -> Path:
@@ -64,7 +70,7 @@ def train(config: TrainConfig, command: str) -> Path:
         CheckpointError: nothing intact to resume from, or it belongs to another configuration; a base that does not
             fit.
         NumericsError: the loss, a gradient or a weight is not finite.
-        StorageError: the folder cannot be written.
+        : the folder cannot be written.
         Stopped: a signal came; the state is saved and the same command resumes.
     """
     refuse_unsafe_loading()
@@ -74,9 +80,10 @@ def train(config: TrainConfig, command: str) -> Path:
     model_config(config.model, vocab_size=1, eos_id=0, sequence_length=config.data.sequence_length)
     config, base = resolve_base(config)
     folder = run_folder(config)
-    with _storage_errors(folder):
+    with storage_errors(folder, _FREE):
         folder.mkdir(parents=True, exist_ok=True)
-    with bound_to_launcher(), locked(folder, "training") if _rank() == 0 else nullcontext():
+    busy = f"{folder} is in use by another training process; wait for it or change the run"
+    with bound_to_launcher(), locked(folder / LOCK, busy) if _rank() == 0 else nullcontext():
         refuse_links(folder)
         faults.point("train.setup")
         finished = completed(folder, config.trainer.max_steps)
@@ -95,7 +102,7 @@ def train(config: TrainConfig, command: str) -> Path:
 def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path, start: Start, command: str) -> None:
     settings, trainer_config = redact_values(to_plain(config)), config.trainer
     architecture = model_config(config.model, corpus.vocab_size, corpus.eos_id, config.data.sequence_length)
-    with StopSignals() as signals, _out_of_memory():
+    with StopSignals(_PROMISE, _NOTHING_SAVED) as signals, out_of_memory(_SMALLER):
         faults.point("train.model")
         model = build_model(architecture, config.seed)
         if base is not None and start.checkpoint is None:
@@ -119,7 +126,7 @@ def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path
             },
         )
         if _rank() == 0:
-            with _storage_errors(folder):
+            with storage_errors(folder, _FREE):
                 clean(folder)
                 (folder / COMPLETE).unlink(missing_ok=True)
                 _describe(folder, config, corpus, start, command)
@@ -157,7 +164,7 @@ def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path
         resume_from = str(start.checkpoint / TRAINING_FILE) if start.checkpoint else None
         faults.point("train.fit")
         try:
-            with _storage_errors(folder), _written(checkpoint_io):
+            with storage_errors(folder, _FREE), _written(checkpoint_io):
                 trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except (AttnResError, OSError, torch.OutOfMemoryError):
             raise
@@ -175,7 +182,7 @@ def _fit(config: TrainConfig, corpus: Corpus, base: Located | None, folder: Path
         raise Stopped(f"stopped by {name}, saved at step {duties.stopped_at} in {folder}; the same command resumes")
     faults.point("train.complete")
     if _rank() == 0:
-        with _storage_errors(folder):
+        with storage_errors(folder, _FREE):
             _finish(folder, trainer, module)
 
 
@@ -291,48 +298,15 @@ class _StoppableData(TextDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         loader = super().train_dataloader()
-        loader.worker_init_fn = _ignore_stop_signals
+        loader.worker_init_fn = ignore_stop_signals
         return loader
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         loader = super().val_dataloader()
-        loader.worker_init_fn = _ignore_stop_signals
+        loader.worker_init_fn = ignore_stop_signals
         return loader
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _rank() -> int:
     """This process's rank, as the launcher's environment or Lightning says."""
     return rank_zero_only.rank  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _out_of_memory() -> Iterator[None]:
-    """Names the two settings that help where a device, or the machine, has too little memory."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # Torch's own allocator on the CPU has no type for it.
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        told = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"out of memory ({told}); lower trainer.micro_batch_size (the result stays the same), or set"
-            " trainer.gradient_checkpointing=true"
-        ) from error
-
-
-@contextmanager
-def _storage_errors(folder: Path) -> Iterator[None]:
-    """Names the folder where the system refuses to write; other operating-system errors pass."""
-    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (*refusals, errno.ENOTDIR, errno.EEXIST):
-            raise
-        raise StorageError(f"{folder}: {error}; free space or fix the folder") from error

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from attnres.model.routing import is_query
+
 # Dense bf16 TFLOP/s (the makers' data sheets) and usable GiB, by a part of the device's name; the first match counts.
 GPUS = {
     "b200": (2250.0, 179.0),
@@ -30,7 +32,9 @@ GPUS = {
 def matmul_parameters(model: nn.Module) -> int:
     """Parameters that a token is multiplied with: of linear layers, without the routing queries."""
     return sum(
-        m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear) and "_res_proj" not in name
+        m.weight.numel()
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not is_query(f"{name}.weight")
     )
 
 

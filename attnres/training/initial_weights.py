@@ -20,14 +20,12 @@ from attnres.files.run_folder import COMPLETE
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.loading import load_model
 from attnres.model.locate import Located, locate, vanilla_runs
+from attnres.model.routing import is_bias, is_routing
 from attnres.training.config import AUTO, Trainable, TrainConfig
 from attnres.training.models import model_config
 
 log = logging.getLogger(__name__)
 
-# Part of the name of every parameter of a read: query, key-norm weight, bias.
-ROUTING = "_res_"
-ROUTING_BIAS = "_res_bias"
 # Fields of a model's configuration that do not change what its weights compute.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -108,7 +106,7 @@ def start_from(model: PreTrainedModel, base: Located, wrap: str | None) -> None:
         )
     _require_same_shape(base, loaded.config, model.config)
     missing, unexpected = model.load_state_dict(loaded.state_dict(), strict=False)
-    strange = [name for name in missing if wrap is None or ROUTING not in name] + list(unexpected)
+    strange = [name for name in missing if wrap is None or not is_routing(name)] + list(unexpected)
     if strange:
         raise CheckpointError(f"init.base: {base.folder} does not fill this model: {', '.join(strange[:3])}")
 
@@ -121,9 +119,9 @@ def freeze(model: nn.Module, trainable: Trainable) -> None:
     """
     wanted = {
         "all": lambda name: True,
-        "routing": lambda name: ROUTING in name,
-        "routing_bias": lambda name: name.endswith(ROUTING_BIAS),
-        "body": lambda name: ROUTING not in name,
+        "routing": is_routing,
+        "routing_bias": is_bias,
+        "body": lambda name: not is_routing(name),
     }[trainable]
     for name, parameter in model.named_parameters():
         if not wanted(name):

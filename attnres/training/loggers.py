@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from attnres.files.provenance import write_text
+from attnres.files.whole_files import write_text
 from attnres.training.config import LoggerConfig
 
 log = logging.getLogger(__name__)

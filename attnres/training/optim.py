@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnres.model.routing import is_query
 from attnres.training.config import OptimConfig
-
-# The routing query of a read is a matrix [1, D] by storage and a vector by meaning.
-QUERY_SUFFIX = "_res_proj.weight"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -23,7 +21,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        (plain if parameter.ndim < 2 or name.endswith(QUERY_SUFFIX) else decayed).append(parameter)
+        # A query is a matrix [1, D] by storage and a vector by meaning.
+        (plain if parameter.ndim < 2 or is_query(name) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

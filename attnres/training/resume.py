@@ -8,7 +8,6 @@ from typing import Any
 from attnres.config import differences, to_plain
 from attnres.data import Corpus
 from attnres.errors import CheckpointError, ConfigError
-from attnres.files.json_files import read_object
 from attnres.files.redaction import redact_values
 from attnres.files.run_folder import (
     CHECKPOINTS,
@@ -20,6 +19,7 @@ from attnres.files.run_folder import (
     step_name,
     verify,
 )
+from attnres.files.whole_files import read_object
 from attnres.training.config import TrainConfig, without_execution_keys
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import torch
 
 from attnres.data.corpus.corpus import manifest_sha256
 from attnres.data.corpus.shards import digest
-from attnres.files.run_folder import sha256_of
+from attnres.files.hashes import sha256_of
 from tests.faults.runner import Outcome
 from tests.faults.scenarios import own_cache
 from tests.faults.world import Base, fork

@@ -22,8 +22,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 
-from attnres.files.provenance import git_state, write_text
+from attnres.files.provenance import git_state
 from attnres.files.run_folder import list_steps
+from attnres.files.whole_files import write_text
 from tests.faults.world import Base, Child, World, check, readable, rows, warm_up
 
 _LONG = ("trainer.log_every_steps=5", "trainer.checkpoint_every_steps=20", "trainer.val_every_steps=20")

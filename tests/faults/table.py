@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnres.files.provenance import git_state, versions, write_text
+from attnres.files.provenance import git_state, versions
+from attnres.files.whole_files import write_text
 from tests.faults.runner import Outcome
 
 

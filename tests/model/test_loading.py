@@ -11,7 +11,7 @@ from transformers import Qwen3ForCausalLM
 
 from attnres import Qwen3AttnResForCausalLM, load_model, wrap_qwen3
 from attnres.errors import CheckpointError
-from attnres.model.loading import schedule_weights
+from attnres.model.wraps import schedule_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CUMULATIVE = GOLDEN / "cumulative_L6_n3_b3"

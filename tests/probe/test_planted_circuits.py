@@ -10,8 +10,8 @@ from attnres.interventions.ids import Intervention, Spec, parse
 from attnres.probe.passes import Subject
 from attnres.probe.runner import eligibility_table, run_grid
 from attnres.statistics.cells import cell_table
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.dissociation import dissociation_table, spearman_table
-from attnres.statistics.inference import StatisticsConfig
 from tests.probe.planted_models import Planted, backup, duplicated_source, norm_trap, one_attention, one_mlp, two_mlps
 
 STATISTICS = StatisticsConfig(sign_flips=999, bootstrap=200)

@@ -12,6 +12,8 @@ from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.data import ProbeWindows
 from attnres.errors import ConfigError, StorageError
 from attnres.files import provenance
+from attnres.files.run_folder import LOCK
+from attnres.files.whole_files import locked
 from attnres.interventions.donors import donors
 from attnres.interventions.grid import candidates, whole_grid
 from attnres.interventions.ids import parse
@@ -21,7 +23,7 @@ from attnres.probe.passes import Subject
 from attnres.probe.pieces import Parts
 from attnres.probe.run import _only_probe_in
 from attnres.probe.runner import Execution, Ranks, eligibility_table, pilot_of, run_cells, run_pilot, tables_of
-from attnres.processes.signals import StopSignals, lock
+from attnres.processes.signals import StopSignals
 
 SPECS = [parse(text) for text in ("mask:embedding@mlp.late", "mask:current@attn.layer2", "matched:embedding@mlp.late",
                                   "mean@read4", "resample@mlp.mid", "values:embedding@mlp.late")]  # fmt: skip
@@ -210,10 +212,11 @@ def test_what_a_text_or_a_model_makes_impossible_is_an_excluded_row(subject):
 
 
 def test_source_digest_sees_code_that_was_not_committed(tmp_path, monkeypatch):
-    (tmp_path / "probe").mkdir()
-    for name in ("provenance.py", "probe/runner.py", "probe/notes.md"):
+    for room in ("files", "probe"):
+        (tmp_path / room).mkdir()
+    for name in ("files/provenance.py", "probe/runner.py", "probe/notes.md"):
         (tmp_path / name).write_text("1")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "files/provenance.py"))
     before = provenance.source_digest()
     (tmp_path / "probe/notes.md").write_text("2")
     assert provenance.source_digest() == before
@@ -222,17 +225,19 @@ def test_source_digest_sees_code_that_was_not_committed(tmp_path, monkeypatch):
 
 
 def test_second_probe_in_a_folder_is_refused(tmp_path):
-    with lock(tmp_path) as free:
-        assert free
-        with pytest.raises(ConfigError, match="in use by another probe"), _only_probe_in(tmp_path, Ranks()):
-            pass
+    with (
+        locked(tmp_path / LOCK, "taken"),
+        pytest.raises(ConfigError, match="in use by another probe"),
+        _only_probe_in(tmp_path, Ranks()),
+    ):
+        pass
     with _only_probe_in(tmp_path, Ranks()):
         pass
 
 
 def test_signals_become_a_flag_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as signals:
+    with StopSignals("finishing", "", can_save=True) as signals:
         assert not signals.asked()
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.asked()

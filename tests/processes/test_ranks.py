@@ -8,7 +8,7 @@ import pytest
 from warm_processes import exit_code, in_child
 
 from attnres.errors import RankLost
-from attnres.processes.ranks import bound_to_launcher
+from attnres.processes.launcher import bound_to_launcher
 
 
 def rank(log: Path, fails: bool) -> None:

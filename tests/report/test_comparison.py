@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from attnres.commands import report as report_command
 from attnres.errors import ConfigError
 from attnres.report import comparison as report_compare
-from attnres.report import report
 from attnres.report import runs as report_runs
 from tests.report.synthetic_tables import write_tables
 from tests.report.test_report import HOSTILE, Page
@@ -123,7 +123,7 @@ def test_comparison_command_draws_every_figure_and_writes_in_its_folder(make, tm
     folders = [make("a", seed=0), make("b", seed=1), make("c", run="attnres_small-a", step=300)]
     before = {f: f.stat().st_mtime_ns for folder in folders for f in folder.rglob("*")}
     monkeypatch.undo()
-    assert report.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    assert report_command.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.html'}\n"
     assert {f: f.stat().st_mtime_ns for folder in folders for f in folder.rglob("*")} == before
     names = sorted(f.name for f in (tmp_path / "out" / "figures").iterdir())

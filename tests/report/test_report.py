@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
+from attnres.commands import report as report_command
 from attnres.errors import ConfigError, DataError
 from attnres.report import report
 from attnres.report import words as report_text
@@ -403,15 +404,15 @@ def test_read_tables_keeps_a_model_called_na(folder):
 @pytest.mark.parametrize("name", [*REQUIRED, "summary.json", "preregistration.json"])
 def test_report_command_names_a_missing_or_broken_file_in_one_line(folder, capsys, name):
     (folder / name).write_bytes(b"\x00")
-    assert report.main([str(folder)]) == 3
+    assert report_command.main([str(folder)]) == 3
     (folder / name).unlink()
-    assert report.main([str(folder)]) == 3
+    assert report_command.main([str(folder)]) == 3
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(name in line for line in lines) and "is missing" in lines[1]
 
 
 def test_report_command_without_a_folder_exits_2(tmp_path, capsys):
-    assert report.main([str(tmp_path / "none")]) == 2
+    assert report_command.main([str(tmp_path / "none")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from attnres.files.provenance import write_json
-from attnres.statistics.inference import StatisticsConfig
+from attnres.files.whole_files import write_json
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.judgement import findings, judge, registered_as, windows_digest
 
 QUICK = StatisticsConfig(sign_flips=999, bootstrap=100)

@@ -9,13 +9,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from attnres.errors import ConfigError, DataError, NumericsError
-from attnres.statistics.cells import (
-    CELL_COLUMNS,
-    CONTRAST_COLUMNS,
-    StatisticsConfig,
-    cell_table,
-    contrast_table,
-)
+from attnres.statistics.cells import CELL_COLUMNS, CONTRAST_COLUMNS, cell_table, contrast_table
+from attnres.statistics.config import StatisticsConfig
 
 # Not inconclusive; corrected by Holm.
 MAY_BE_EMPTY = ("documents_needed", "p_fdr", "kl_lower_fdr")

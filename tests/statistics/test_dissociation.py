@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from attnres.statistics.cells import StatisticsConfig
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.dissociation import dissociation_table, spearman_table
 
 QUICK = StatisticsConfig(sign_flips=999, bootstrap=200)

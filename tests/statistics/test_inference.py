@@ -10,8 +10,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from attnres.errors import ConfigError
 from attnres.statistics import inference
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.inference import (
-    StatisticsConfig,
     adjust_p,
     bca_interval,
     documents_needed,
@@ -69,8 +69,8 @@ def test_sign_flip_is_exact_with_few_documents(documents, alternative):
     data = values(documents, 6, mean=0.4)
 
     def statistic(x, axis):
-        # scipy doubles the smaller tail for "two-sided"; the test of |statistic| is its "greater" on that. A pattern and
-        # its mirror image have one |statistic| up to rounding, which differs between processors: rounded, they tie.
+        # scipy doubles the smaller tail for "two-sided"; the test of |statistic| is its "greater" on that. A pattern
+        # and its mirror image have one |statistic| up to rounding, which differs between processors: rounded, they tie.
         found = np.round(corrected_mean(x, axis), 9)
         return np.abs(found) if alternative == "two-sided" else found
 

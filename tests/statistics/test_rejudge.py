@@ -5,10 +5,11 @@ import json
 import pandas as pd
 import pytest
 
+from attnres.commands.rejudge import main
 from attnres.errors import ConfigError, DataError
 from attnres.probe.outputs import register
 from attnres.report.report import write_report
-from attnres.statistics.rejudge import combine, judge_anew, main, read_measured, recompute
+from attnres.statistics.rejudge import combine, judge_anew, read_measured, recompute
 from tests.statistics.probed_tables import measured, write_folder
 
 MOTIF = ("embedding", "mlp", "early")
@@ -84,7 +85,7 @@ def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     assert main([str(out)]) == 0
     anew = json.loads((out / "summary.json").read_text())
-    assert anew["claims"] == json.loads(told)["claims"] and "recompute" in anew["judged_anew"]["command"]
+    assert anew["claims"] == json.loads(told)["claims"] and "rejudge" in anew["judged_anew"]["command"]
     assert anew["models"] == summary["models"]
     for name in ("effects.parquet", "mass.parquet", "eligibility.csv", "preregistration.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from attnres.commands import error_rates as power
-from attnres.commands.error_rates import Scenario, measure
+from attnres.commands.error_rates import main
+from attnres.statistics import error_rates as power
 from attnres.statistics import simulation
-from attnres.statistics.inference import StatisticsConfig, sign_flip_p
+from attnres.statistics.config import StatisticsConfig
+from attnres.statistics.error_rates import Scenario, measure
+from attnres.statistics.inference import sign_flip_p
 from attnres.statistics.simulation import DISTRIBUTIONS
 
 NORMAL, HEAVY, SKEWED, LEFT = DISTRIBUTIONS
@@ -101,7 +103,7 @@ def test_run_writes_its_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     bound = stats.beta.ppf(0.99, first.count + 1, 4000 - first.count)
     assert first.high == pytest.approx(bound) and first.met == (bound <= 0.06)
     assert f"| {first.rate:.4f} |" in (tmp_path / "power.md").read_text()
-    assert power.main(["--full", "--out", str(tmp_path)]) == (0 if first.met else 5)
+    assert main(["--full", "--out", str(tmp_path)]) == (0 if first.met else 5)
     assert "| null | normal | 20 | 4000 |" in capsys.readouterr().out
 
 

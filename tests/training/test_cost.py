@@ -8,7 +8,7 @@ import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_runs import settings
 
-from attnres.commands import hydra_door as cli
+from attnres.commands import plan as plan_command
 from attnres.config import build
 from attnres.errors import ConfigError
 from attnres.training.config import TrainConfig
@@ -64,7 +64,9 @@ def test_plan_command_prints_the_cluster_run(monkeypatch: pytest.MonkeyPatch, ca
     # Fewer layers: the same words for less time.
     words = ["+experiment=attnres_0p6b", "model.num_hidden_layers=8", "trainer.strategy=fsdp2", "cluster.gpus=16"]
     monkeypatch.setattr("sys.argv", ["plan", *words, "cluster.gpu=h100", "cluster.mfu=0.5"])
-    cli.plan()
+    with pytest.raises(SystemExit) as ended:
+        plan_command.main()
+    assert ended.value.code == 0
     printed = capsys.readouterr().out
     for told in ("attnres_0p6b on 16 x h100, fsdp2, bf16-mixed", "10,485,760,000", "of 79: fits", "GPU hours"):
         assert told in printed

@@ -28,7 +28,7 @@ from attnres.data.corpus.shards import ShardedTokens, open_tokens, token_dtype
 from attnres.data.corpus.verification import verify_files
 from attnres.data.text.tokenizer import load_tokenizer
 from attnres.errors import ConfigError, DataError
-from attnres.files.json_files import read_object
+from attnres.files.whole_files import read_object
 
 MANIFEST = "manifest.json"
 # Ids of a split that are compared with the vocabulary whenever a corpus is opened: a tenth of a second.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from attnres.errors import DataError
-from attnres.files.json_files import read_object
+from attnres.files.whole_files import read_object
 
 # Texts longer than this are encoded in pieces, of at most the second number of characters.
 PIECE_CHARACTERS = 128 * 1024

@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from attnres.depth.places import SUBLAYERS
 from attnres.report.figures.plotting import (
     BAND_COLOUR,
-    FAMILIES,
+    DRAWN_FAMILIES,
     FAMILY_COLOURS,
     FAMILY_MARKERS,
     GREY,
     INK,
     SUBLAYER_NAMES,
-    SUBLAYERS,
     effect_axis,
     ink_on,
     label,
@@ -77,7 +77,7 @@ def mass_effect_scatter(cells: pd.DataFrame, title: str, margin: float) -> Figur
                 axis.set_xlabel(MEASURES[measure])
             axis.margins(x=0.1)
         axes[row, 0].set_ylabel(f"{label(SUBLAYER_NAMES.get(sublayer, sublayer), 12)}: ΔNLL, nats/token")
-    families = ordered(table["family"], FAMILIES)
+    families = ordered(table["family"], DRAWN_FAMILIES)
     handles: list[Any] = [
         Line2D([], [], marker=FAMILY_MARKERS.get(f, "X"), linestyle="", markersize=6.5, label=label(f, 14),
                color=FAMILY_COLOURS.get(f, GREY), markerfacecolor="white")

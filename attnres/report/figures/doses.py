@@ -14,16 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from attnres.depth.places import SUBLAYERS
 from attnres.report.figures.plotting import (
     BAND_COLOUR,
-    FAMILIES,
+    DRAWN_FAMILIES,
     FAMILY_COLOURS,
     FAMILY_MARKERS,
     GREY,
     INK,
     SERIES,
     SUBLAYER_NAMES,
-    SUBLAYERS,
     dose,
     effect_axis,
     label,
@@ -119,7 +119,7 @@ def _panels(
     rows = -(-len(keys) // columns)
     figure = Figure(figsize=(1.2 + 2.15 * columns, 1.0 + 1.75 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    families = ordered(table["family"], FAMILIES)
+    families = ordered(table["family"], DRAWN_FAMILIES)
     for axis, (sublayer, band) in zip(axes.flat, keys, strict=False):
         effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
         axis.set_title(label(f"{SUBLAYER_NAMES.get(sublayer, sublayer)} {band}", 24), fontsize=8)

@@ -16,16 +16,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from attnres.depth.places import SUBLAYERS, place_kind
 from attnres.report.figures.plotting import (
     BAND_COLOUR,
-    FAMILIES,
+    DRAWN_FAMILIES,
     FAMILY_COLOURS,
     FAMILY_MARKERS,
     GREY,
     INK,
     PALE,
     SUBLAYER_NAMES,
-    SUBLAYERS,
     VERDICT_SIGNS,
     effect_axis,
     effect_bar,
@@ -36,7 +36,6 @@ from attnres.report.figures.plotting import (
     number,
     ordered,
     ordered_places,
-    place_kind,
     place_tick,
     styled,
 )
@@ -58,7 +57,7 @@ def effect_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> 
         margin: equivalence margin in nats/token; the colour scale is linear inside it.
     """
     need(cells, _COLUMNS, "effect map")
-    families = ordered(cells["family"], FAMILIES)
+    families = ordered(cells["family"], DRAWN_FAMILIES)
     sublayers, bands = ordered(cells["sublayer"], SUBLAYERS), ordered_places(cells["band"])
     columns = [(s, b) for s in sublayers for b in bands]
     figure = Figure(figsize=(1.75 + 1.06 * len(columns), 0.95 + 0.52 * len(families)), layout="constrained")
@@ -135,7 +134,7 @@ def place_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> F
         margin: equivalence margin in nats/token.
     """
     need(cells, _COLUMNS, "map along the depth")
-    families, places = ordered(cells["family"], FAMILIES), ordered_places(cells["band"])
+    families, places = ordered(cells["family"], DRAWN_FAMILIES), ordered_places(cells["band"])
     sublayers = ordered(cells["sublayer"], SUBLAYERS)
     heights = [part for _ in sublayers for part in (0.24 * len(families) + 0.1, 1.45)]
     figure = Figure(figsize=(7.6, 0.9 + 0.35 * len(sublayers) + sum(heights)), layout="constrained")
@@ -166,7 +165,11 @@ def place_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> F
     ticks = range(0, len(places), step)
     axes[-1].set_xticks([k + 0.5 for k in ticks], [place_tick(places[k]) for k in ticks])
     axes[-1].set_xlim(0, len(places))
-    axes[-1].set_xlabel(" and ".join(dict.fromkeys(place_kind(p) for p in places)).replace("other", "place"))
+    axes[-1].set_xlabel(
+        " and ".join(dict.fromkeys(place_kind(p) for p in places))
+        .replace("composition", "place")
+        .replace("other", "place")
+    )
     effect_bar(figure, axes[::2].tolist(), norm, margin)
     handles: list[Any] = [
         Line2D([], [], color=FAMILY_COLOURS.get(f, GREY), marker=FAMILY_MARKERS.get(f, "X"), markersize=4,

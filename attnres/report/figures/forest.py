@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from attnres.depth.places import SUBLAYERS
 from attnres.report.figures.plotting import (
     BAND_COLOUR,
-    FAMILIES,
+    DRAWN_FAMILIES,
     GREY,
     INK,
     SERIES,
     SUBLAYER_NAMES,
-    SUBLAYERS,
     effect_axis,
     label,
     need,
@@ -118,7 +118,7 @@ def _rows(table: pd.DataFrame) -> tuple[list[tuple[str, str, str]], int]:
         (s, b, f)
         for s in ordered(table["sublayer"], SUBLAYERS)
         for b in ordered_places(table["band"])
-        for f in ordered(table["family"], FAMILIES)
+        for f in ordered(table["family"], DRAWN_FAMILIES)
         if (s, b, f) in present
     ]
     if len(keys) <= MOST_ROWS:

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from attnres.depth.places import SUBLAYERS
 from attnres.report.figures.plotting import (
     GREY,
     INK,
     PALE,
     SERIES,
     SUBLAYER_NAMES,
-    SUBLAYERS,
     label,
     need,
     plain,

@@ -19,11 +19,11 @@ from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from attnres.depth.places import BANDS, place_kind
 from attnres.errors import DataError
 
-FAMILIES = ("embedding", "older", "recent", "current")
-SUBLAYERS = ("attn", "mlp")
-BANDS = ("early", "mid", "late")
+# From what is given to what is newest.
+DRAWN_FAMILIES = ("embedding", "older", "recent", "current")
 SUBLAYER_NAMES = {"attn": "attention", "mlp": "MLP", "final": "final read", "": "single reads"}
 
 INK, GREY, PALE = "#1b1b1b", "#636363", "#e9e9e9"
@@ -119,12 +119,6 @@ def ordered(values: Iterable[str], canonical: Sequence[str]) -> list[str]:
     return [v for v in canonical if v in present] + [v for v in present if v not in canonical]
 
 
-def place_kind(place: str) -> str:
-    """What a value of the column `band` names: `band`, `layer`, `block`, `read`, or `other`."""
-    found = _PLACE.fullmatch(place)
-    return found[1] if found else "band" if place in BANDS else "other"
-
-
 def place_tick(place: str) -> str:
     """A place in a letter or a number: `E` for early, `7` for layer7."""
     found = _PLACE.fullmatch(place)
@@ -133,7 +127,7 @@ def place_tick(place: str) -> str:
 
 def ordered_places(values: Iterable[str]) -> list[str]:
     """The distinct places from the input to the output: bands, then layers, blocks and reads by their number."""
-    kinds = ("band", "other", "layer", "block", "read")
+    kinds = ("band", "composition", "other", "layer", "block", "read")
 
     def depth(place: str) -> tuple[int, int]:
         found = _PLACE.fullmatch(place)

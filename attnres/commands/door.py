@@ -1,0 +1,78 @@
+"""The way in and out of every command: one line on stderr for an error, and the exit code that goes with it.
+
+Standard output carries what a script wants (a folder, a path, a table); everything else goes to stderr.
+"""
+
+import logging
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+
+from attnres.errors import AttnResError, Stopped, StorageError
+from attnres.files.run_folder import refuse_unsafe_loading
+from attnres.processes.signals import StopSignals
+
+_MOST_CHARACTERS = 2000
+_NOTHING_SAVED = "stopped the command; the same command goes on"
+_NOISY = ("lightning", "httpx", "filelock", "matplotlib", "fontTools", "wandb", "datasets", "huggingface_hub")
+
+
+def run_command(command: Callable[[], int | None], debug: bool = False) -> int:
+    """Runs a command with logging, stop signals and errors as every command has them.
+
+    Args:
+        command: returns its exit code, None for 0. No file of its is ever half written, so that a signal may end it
+            anywhere; one that has something to save has `StopSignals` of its own.
+        debug: show tracebacks as well.
+
+    Returns:
+        The exit code: that of the error, where there was one.
+    """
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with StopSignals("", _NOTHING_SAVED):
+            refuse_unsafe_loading()
+            return command() or 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return report_error(_of_this_project(error))
+    except KeyboardInterrupt:
+        return report_error(Stopped("interrupted before the next step could be saved; the same command resumes"))
+
+
+def parsed_command(
+    parser: ArgumentParser, run: Callable[[Namespace], int | None], arguments: Sequence[str] | None
+) -> int:
+    """A command whose words argparse reads: `run_command` of `run` on what `parser` makes of `arguments`.
+
+    Args:
+        parser: exits with 2 by itself where the words are wrong.
+        run: the command.
+        arguments: None takes those of the process.
+    """
+    given = parser.parse_args(arguments)
+    return run_command(lambda: run(given))
+
+
+def report_error(error: AttnResError) -> int:
+    """Prints the one line of an error, and returns its exit code."""
+    # A message may quote a file from anywhere: no control characters for the terminal, and an end.
+    message = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    shown = message if len(message) <= _MOST_CHARACTERS else message[:_MOST_CHARACTERS] + " ..."
+    sys.stderr.write(f"error: {shown}\n")
+    return error.code
+
+
+def _of_this_project(error: Exception) -> AttnResError:
+    if isinstance(error, AttnResError):
+        return error
+    if isinstance(error, OSError):
+        where = error.filename or "file"
+        return StorageError(f"{where}: {error.strerror or error}; check space and permissions")
+    return AttnResError(
+        f"unexpected {type(error).__name__}: {error}; run again with debug=true for the traceback, and report it"
+    )

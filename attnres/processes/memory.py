@@ -1,0 +1,30 @@
+"""Too little memory, told in one line with the settings that help."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from attnres.errors import ConfigError
+
+# Torch's own allocator on the CPU has no type for it.
+_CPU_ALLOCATOR = "can't allocate memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had too little memory; nothing else that torch raises is."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return type(error) is RuntimeError and _CPU_ALLOCATOR in str(error)
+
+
+@contextmanager
+def out_of_memory(remedy: str) -> Iterator[None]:
+    """Turns such an error into a `ConfigError` that ends with `remedy`; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        told = " ".join(str(error).split())[:200]
+        raise ConfigError(f"out of memory ({told}); {remedy}") from error

@@ -1,0 +1,69 @@
+"""What is fixed of the statistics before any result is seen."""
+
+import math
+from dataclasses import dataclass
+
+from attnres.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """What is fixed before results are seen.
+
+    Attributes:
+        margin: equivalence margin on dNLL, and bound on KL, in nats/token.
+        alpha: level of every test; intervals cover 1 - alpha.
+        sign_flips: random sign flips (B); the smallest p is 1 / (1 + B).
+        bootstrap: BCa resamples.
+        seed: seed of flips and resamples.
+        grid_cells: candidate cells of one model in the whole preregistered grid, over all interventions and places,
+            the excluded ones and those that other jobs run included. None: the candidates in the tables are the
+            whole grid.
+        power: power at which `documents_needed` is computed.
+        permutations: tables with permuted family labels, to measure how often they give a motif; 0 leaves it out.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    margin: float = 0.005
+    alpha: float = 0.05
+    sign_flips: int = 9999
+    bootstrap: int = 2000
+    seed: int = 0
+    grid_cells: int | None = None
+    power: float = 0.9
+    permutations: int = 0
+
+    def __post_init__(self) -> None:
+        def require(valid: bool, name: str, expected: str) -> None:
+            if not valid:
+                raise ConfigError(f"statistics.{name}={getattr(self, name)}: expected {expected}")
+
+        require(
+            math.isfinite(self.margin) and self.margin > 0,
+            "margin",
+            "a positive number of nats/token, e.g. 0.005",
+        )
+        require(0 < self.alpha < 0.5, "alpha", "a level between 0 and 0.5, e.g. 0.05")
+        require(self.sign_flips >= 999, "sign_flips", "at least 999 (9999 for results that are reported)")
+        require(self.bootstrap >= 100, "bootstrap", "at least 100 resamples (2000 for results that are reported)")
+        require(self.seed >= 0, "seed", "a non-negative integer")
+        require(self.permutations >= 0, "permutations", "0 or more permuted tables, e.g. 200")
+        require(self.alpha < self.power < 1, "power", "a probability between alpha and 1, e.g. 0.9")
+        require(
+            self.grid_cells is None or self.grid_cells >= 1,
+            "grid_cells",
+            "a positive number of cells, or null",
+        )
+        if self.grid_cells is not None:
+            self.require_resolution(self.grid_cells)
+
+    def require_resolution(self, family_size: int) -> None:
+        """Raises ConfigError if no p of these flips could survive Holm over `family_size` tests."""
+        if (1 + self.sign_flips) * self.alpha < family_size:
+            needed = math.ceil(family_size / self.alpha)
+            raise ConfigError(
+                f"statistics.sign_flips={self.sign_flips} cannot reach alpha={self.alpha} after Holm over "
+                f"{family_size} cells: set it to at least {needed}"
+            )
