@@ -98,6 +98,51 @@ def to_plain(value: Any) -> Any:
     return str(value)
 
 
+def key(default: Any, *, hashed: bool = True, as_before: Any = dataclasses.MISSING, per_member: bool = False) -> Any:
+    """A field of a configuration with what it decides, said where it stands; `decisive` and `keys_per_member` read it.
+
+    Args:
+        default: its value, or a callable without arguments that makes one (a dataclass, a list).
+        hashed: whether it decides a result, and so the name of the folder; keys that say where and how something
+            executes, or how often it is saved, do not.
+        as_before: the value that asks for nothing beyond what a configuration without the key does. It is left out of
+            the name, so that a key that is added later moves no folder. For a nested dataclass: its decisive part.
+        per_member: whether the members of one swept grid may differ in it.
+    """
+    metadata = {"hashed": hashed, "as_before": as_before, "per_member": per_member}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def decisive(cls: Any, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a plain configuration that decides a result: what a folder is named by, and what must agree.
+
+    Args:
+        cls: the dataclass that it was built into, whose fields say what decides (`key`).
+        plain: the configuration as plain containers, also one that another version stored: a key that `cls` lacks
+            decides.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    kept: dict[str, Any] = {}
+    for key, value in plain.items():
+        metadata = fields[key].metadata if key in fields else {}
+        if not metadata.get("hashed", True):
+            continue
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(key)):
+            value = decisive(hints[key], value)
+        as_before = metadata.get("as_before", dataclasses.MISSING)
+        if as_before is dataclasses.MISSING or value != to_plain(as_before):
+            kept[key] = value
+    return kept
+
+
+def keys_per_member(cls: Any) -> tuple[str, ...]:
+    """Keys in which the members of one swept grid may differ."""
+    return tuple(field.name for field in dataclasses.fields(cls) if field.metadata.get("per_member"))
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted paths at which two plain configurations differ, each with both values (None where absent)."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):

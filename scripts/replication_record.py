@@ -19,7 +19,8 @@ from attnres.files.hashes import sha256_of
 from attnres.files.run_folder import COMPLETE, MANIFEST
 from attnres.report.comparison import write_comparison
 from attnres.report.report import write_report
-from attnres.statistics.rejudge import judge_anew, read_measured
+from attnres.statistics.rejudge import judge_anew
+from attnres.tables.folder import read_measured
 
 ARMS = ("attnres_small", "vanilla_small", "same_base_frozen", "same_base_full")
 OF_A_RUN = ("config.yaml", "metrics.csv", "routing.csv", "provenance.json", COMPLETE)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnres.depth.families import family_indices
+from attnres.model.measures import norm_share
 from attnres.model.state import Trace
 
 
@@ -85,7 +86,6 @@ def measure_mass(trace: Trace, families: tuple[str, ...]) -> dict[str, Mass]:
     weights = torch.exp(trace.log_weights)
     parts = [source.float() * weights[..., i : i + 1] for i, source in enumerate(trace.sources)]
     h = torch.stack(parts).sum(0)
-    norm = h.square().sum(-1)
     normed = _rms_norm(h, trace.norm_eps)
     found = {}
     for family in families:
@@ -97,8 +97,7 @@ def measure_mass(trace: Trace, families: tuple[str, ...]) -> dict[str, Mass]:
         masked = torch.stack([parts[i] for i in others]).sum(0) / left
         distance = (normed - _rms_norm(masked, trace.norm_eps)).square().mean(-1) / 2
         mass = weights[..., list(members)].sum(-1)
-        share = (part * h).sum(-1) / norm
-        found[family] = Mass(mass.mean(-1), share.mean(-1), distance.mean(-1))
+        found[family] = Mass(mass.mean(-1), norm_share(part, h).mean(-1), distance.mean(-1))
     return found
 
 

@@ -24,7 +24,8 @@ from attnres.probe.passes import Subject
 from attnres.probe.runner import Split, Tables
 from attnres.probe.subjects import Further
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.judgement import findings, judge, registered_as, windows_digest
+from attnres.statistics.judgement import findings, judge
+from attnres.tables.folder import registered_as, windows_digest
 from attnres.tables.roles import TRAINED
 
 __all__ = ["TRAINED", "Setting", "preregistration", "register", "write_tables"]

@@ -4,9 +4,8 @@ The probe calls `judge` on what its runner measured; `attnres.statistics.rejudge
 gets the same tables to the last digit.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -98,20 +97,6 @@ def findings(
     if len(attribution):
         found |= against_exact(attribution, effects, statistics)
     return found
-
-
-def registered_as(path: Path) -> dict[str, Any]:
-    """What results say about their preregistration: its `sha256` and when it was `written`; empty without one."""
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    return {"sha256": hashlib.sha256(content).hexdigest(), "written": json.loads(content).get("written")}
-
-
-def windows_digest(windows: Iterable[int], documents: Iterable[int]) -> str:
-    """sha256 of which windows of which documents were drawn, whatever their order."""
-    pairs = sorted(zip(windows, documents, strict=True))
-    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -7,10 +7,8 @@
 No model is loaded: `effects.parquet`, `mass.parquet`, `eligibility.csv` and `preregistration.json` are enough.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from attnres.files.provenance import git_state
 from attnres.files.whole_files import whole_file, write_json, write_text
 from attnres.statistics.cells import EFFECTS, MASSES, SLICE
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.judgement import Judged, findings, judge, registered_as, windows_digest
+from attnres.statistics.judgement import Judged, findings, judge
+from attnres.tables.folder import Measured, read_measured, registered_as
 
 # Settings of a probe that say which part of the grid it runs; parts must agree in all the others.
 PART_KEYS = ("families", "sublayers", "bands", "intervention", "interventions", "controls", "places", "cells")
@@ -32,88 +31,17 @@ MEASURED = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parq
             "viewer.json", "attribution.parquet")  # fmt: skip
 # Largest difference, in nats/token or of a share, between two measurements of one thing: rounding on other machines.
 OVERLAP_LIMIT = 1e-5
-_COLUMNS = {
-    "effects": ("model", "window", "document", "split", "cell", "intervention", *SLICE, *EFFECTS),
-    "mass": ("model", "window", "document", "split", *SLICE, *MASSES),
-    "eligibility": ("model", "cell", "intervention", *SLICE, "eligible", "reason"),
-    "attribution": ("model", "window", "document", "split", "cell", "estimate"),
-}
 _AGAIN = "run the probe again, or name the folder that it wrote"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a probe measured, and under which preregistration."""
-
-    folder: Path
-    effects: pd.DataFrame
-    mass: pd.DataFrame
-    eligibility: pd.DataFrame
-    registered: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    attribution: pd.DataFrame
-
-    @property
-    def statistics(self) -> StatisticsConfig:
-        return build(StatisticsConfig, dict(self.registered["statistics"]), "statistics")
-
-
-def read_measured(folder: Path) -> Measured:
-    """Read a probe's folder, and check its tables against its preregistration.
-
-    Raises:
-        ConfigError: there is no such folder.
-        DataError: a file is missing or unreadable, or holds other windows or cells than were preregistered.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"no probe folder at {folder}: {_AGAIN}")
-    try:
-        registered = json.loads((folder / "preregistration.json").read_text(encoding="utf-8"))
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        effects, mass = (pd.read_parquet(folder / f"{name}.parquet") for name in ("effects", "mass"))
-        estimated = folder / "attribution.parquet"
-        attribution = pd.read_parquet(estimated) if estimated.is_file() else pd.DataFrame()
-        # Names may be anything, NA included; an empty reason is none.
-        eligibility = pd.read_csv(folder / "eligibility.csv", keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} cannot be read ({' '.join(str(error).split())[:160]}): {_AGAIN}") from error
-    found = Measured(folder, effects, mass, eligibility, registered, summary, attribution)
-    _check(found)
-    return found
-
-
-def _check(measured: Measured) -> None:
-    registered, folder = measured.registered, measured.folder
-    for key in ("statistics", "probe", "splits", "hashes", "cells", "exclusions"):
-        if key not in registered:
-            raise DataError(f"{folder / 'preregistration.json'} lacks {key!r}: {_AGAIN}")
-    for name, columns in _COLUMNS.items():
-        table = getattr(measured, name)
-        if missing := [column for column in columns if column not in table] if len(table) else []:
-            raise DataError(f"{folder}: {name} lacks the column {missing[0]!r}: {_AGAIN}")
-    for name, table in (("effects", measured.effects), ("mass", measured.mass)):
-        drawn = table[["split", "window", "document"]].drop_duplicates()
-        for split, expected in registered["splits"].get("sha256", {}).items():
-            rows = drawn[drawn["split"] == split]
-            if len(rows) and windows_digest(rows["window"].tolist(), rows["document"].tolist()) != expected:
-                raise DataError(f"{folder}: {name} of split {split!r} are not of the windows that were preregistered")
-    models = measured.summary.get("models")
-    if not (isinstance(models, list) and all(isinstance(row, dict) and "name" in row for row in models)):
-        raise DataError(f"{folder / 'summary.json'} does not name its models: {_AGAIN}")
-    unknown = set(measured.effects["cell"]) - set(registered["cells"])
-    if unknown:
-        raise DataError(f"{folder}: effects of {min(unknown)}, which was not preregistered")
-    excluded = {(row["model"], row["cell"]) for row in registered["exclusions"]}
-    listed = measured.eligibility.set_index(["model", "cell"])["eligible"]
-    for model, cell in excluded:
-        if listed.get((model, cell), False):
-            raise DataError(f"{folder}: {cell} of {model} is eligible, but was excluded when it was preregistered")
+def _statistics(measured: Measured) -> StatisticsConfig:
+    return build(StatisticsConfig, dict(measured.registered["statistics"]), "statistics")
 
 
 def recompute(measured: Measured) -> tuple[Judged, list[str]]:
     """The judged tables, and the names of those that the folder lacks or has otherwise."""
     models = measured.summary["models"]
-    judged = judge(measured.effects, measured.mass, measured.eligibility, measured.statistics, models)
+    judged = judge(measured.effects, measured.mass, measured.eligibility, _statistics(measured), models)
     differing = []
     for name, text in judged.texts().items():
         path = measured.folder / name
@@ -133,7 +61,7 @@ def judge_anew(measured: Measured, out: Path) -> None:
         judged,
         measured.effects,
         measured.summary.get("checks", []),
-        measured.statistics,
+        _statistics(measured),
         measured.summary["models"],
         measured.attribution,
     )
@@ -184,7 +112,7 @@ def combine(folders: Sequence[Path], out: Path) -> None:
         row = twice.iloc[0]
         raise DataError(f"{row['cell']} of {row['model']} is eligible in one part and not in another: they do not fit")
     eligibility = eligibility.drop_duplicates(["model", "cell"], ignore_index=True)
-    judged = judge(effects, mass, eligibility, first.statistics, first.summary["models"])
+    judged = judge(effects, mass, eligibility, _statistics(first), first.summary["models"])
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "preregistration.json", _registered(parts))
@@ -259,7 +187,7 @@ def _summary(
     attribution: pd.DataFrame,
 ) -> dict[str, Any]:
     first = dict(parts[0].summary)
-    statistics = parts[0].statistics
+    statistics = _statistics(parts[0])
     run_cells = int(eligibility["cell"].nunique())
     candidates = statistics.grid_cells or run_cells
     grid = dict(first.get("grid", {})) | {

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from attnres.depth.families import family_indices, grid
 from attnres.depth.plan import DepthPlan
 from attnres.errors import DataError, NumericsError
+from attnres.model.measures import norm_share
 from attnres.model.state import Trace
 from attnres.training.config import Loss
 from attnres.training.loss import nll_sum
@@ -70,8 +71,7 @@ def summarise_read(log_weights: Tensor, sources: Sequence[Tensor]) -> ReadSummar
     weights = log_weights.float().exp()
     parts = [weights[..., i, None] * source.float() for i, source in enumerate(sources)]
     mix = torch.stack(parts).sum(dim=0)
-    size = mix.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    share = torch.stack([((part * mix).sum(dim=-1) / size).mean() for part in parts])
+    share = torch.stack([norm_share(part, mix).mean() for part in parts])
     return ReadSummary(weights.mean(dim=(0, 1)), share, torch.special.entr(weights).sum(dim=-1).mean())
 
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from attnres.files.whole_files import write_json
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.judgement import findings, judge, registered_as, windows_digest
+from attnres.statistics.judgement import findings, judge
+from attnres.tables.folder import registered_as, windows_digest
 
 QUICK = StatisticsConfig(sign_flips=999, bootstrap=100)
 WHOLE = replace(QUICK, grid_cells=24)
