@@ -1,20 +1,24 @@
 """Which cells a probe asks for, on which windows."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from attnres.config import nearest, require
+from attnres.config import key, nearest, require
 from attnres.depth.places import BANDS, FAMILIES, SUBLAYERS, Places
 from attnres.interventions.ids import FAMILY_KINDS, KINDS, parse
 
+# Which part of a swept grid a probe runs, and how; its members agree in all the other keys.
+_of_a_member = partial(key, may_differ=True)
 
-def _names(value: str | tuple[str, ...], known: tuple[str, ...], key: str) -> tuple[str, ...]:
+
+def _names(value: str | tuple[str, ...], known: tuple[str, ...], where: str) -> tuple[str, ...]:
     """`all`, one name, names joined by commas, or a tuple of names -> the names, in canonical order."""
     given = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
     given = known if given == ("all",) else given
     for name in given:
-        require(name in known, f"probe.{key}: expected all or some of {', '.join(known)}, received {name!r}")
-    require(bool(given), f"probe.{key}: expected at least one of {', '.join(known)}, received none")
+        require(name in known, f"probe.{where}: expected all or some of {', '.join(known)}, received {name!r}")
+    require(bool(given), f"probe.{where}: expected at least one of {', '.join(known)}, received none")
     return tuple(name for name in known if name in given)
 
 
@@ -62,19 +66,19 @@ class GridConfig:
             effects; see `attnres.probe.attribution`.
     """
 
-    families: str | tuple[str, ...] = "all"
-    sublayers: str | tuple[str, ...] = "all"
-    bands: str | tuple[str, ...] = "all"
-    interventions: str | tuple[str, ...] = ("mask",)
-    controls: Literal["motifs", "all", "none"] = "motifs"
-    places: Places = "bands"
-    cells: str | tuple[str, ...] = ()
+    families: str | tuple[str, ...] = _of_a_member("all")
+    sublayers: str | tuple[str, ...] = _of_a_member("all")
+    bands: str | tuple[str, ...] = _of_a_member("all")
+    interventions: str | tuple[str, ...] = _of_a_member(("mask",))
+    controls: Literal["motifs", "all", "none"] = _of_a_member("motifs")
+    places: Places = _of_a_member("bands")
+    cells: str | tuple[str, ...] = _of_a_member(())
     length: int = 128
     documents_pilot: int = 32
     documents_confirm: int = 96
     windows_per_document: int = 1
-    batch_size: int = 16
-    cells_per_pass: int | None = None
+    batch_size: int = _of_a_member(16)
+    cells_per_pass: int | None = _of_a_member(None)
     seed: int = 0
     schedules: tuple[Literal["recency", "uniform"], ...] = ("recency", "uniform")
     recency_bias: float = 10.0
@@ -83,8 +87,8 @@ class GridConfig:
     attribution: bool = False
 
     def __post_init__(self) -> None:
-        for key, known in (("families", FAMILIES), ("sublayers", SUBLAYERS), ("bands", BANDS)):
-            object.__setattr__(self, key, _names(getattr(self, key), known, key))
+        for name, known in (("families", FAMILIES), ("sublayers", SUBLAYERS), ("bands", BANDS)):
+            object.__setattr__(self, name, _names(getattr(self, name), known, name))
         object.__setattr__(self, "interventions", _split(self.interventions))
         object.__setattr__(self, "cells", _split(self.cells))
         require(bool(self.interventions or self.cells), "probe.interventions: expected at least one, e.g. mask")
@@ -100,7 +104,7 @@ class GridConfig:
             self.cells_per_pass is None or self.cells_per_pass >= 1,
             f"probe.cells_per_pass: expected at least 1 or null, received {self.cells_per_pass}",
         )
-        for key in ("length", "documents_pilot", "documents_confirm", "windows_per_document", "batch_size"):
-            require(getattr(self, key) >= 1, f"probe.{key}: expected at least 1, received {getattr(self, key)}")
+        for name in ("length", "documents_pilot", "documents_confirm", "windows_per_document", "batch_size"):
+            require(getattr(self, name) >= 1, f"probe.{name}: expected at least 1, received {getattr(self, name)}")
         require(self.seed >= 0, f"probe.seed: expected 0 or more, received {self.seed}")
         require(bool(self.schedules), "probe.schedules: expected recency, uniform or both, received none")

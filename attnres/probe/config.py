@@ -1,16 +1,15 @@
-"""What a probe is made of: frozen, validated settings."""
+"""What a probe is made of, frozen and validated, and the hash that names its folder.
 
-import hashlib
-import json
-from dataclasses import dataclass, field
+Keys that are not `hashed` say where and how a probe executes, not what it measures.
+"""
+
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from attnres.config import require, to_plain
+from attnres.config import decisive, key, require, to_plain
+from attnres.files.hashes import content_hash
 from attnres.interventions.config import GridConfig
 from attnres.statistics.config import StatisticsConfig
-
-# Keys that say where and how a probe executes, not what it measures.
-EXECUTION_KEYS = ("runs_dir", "cache_dir", "device", "devices", "threads", "debug")
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,15 @@ class ProbeConfig:
     ckpt: str
     baseline: str | None = None
     controls: dict[str, Any] | tuple[str, ...] | None = None
-    data: dict[str, Any] = field(default_factory=dict)
-    runs_dir: str = "runs"
-    cache_dir: str = "cache"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = 1
-    threads: int | None = None
-    debug: bool = False
-    probe: GridConfig = field(default_factory=GridConfig)
-    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    data: dict[str, Any] = key(dict)
+    runs_dir: str = key("runs", hashed=False)
+    cache_dir: str = key("cache", hashed=False)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", hashed=False)
+    devices: int = key(1, hashed=False)
+    threads: int | None = key(None, hashed=False)
+    debug: bool = key(False, hashed=False)
+    probe: GridConfig = key(GridConfig)
+    statistics: StatisticsConfig = key(StatisticsConfig)
 
     def __post_init__(self) -> None:
         require(self.devices >= 1, f"devices: expected at least 1, received {self.devices}")
@@ -52,11 +51,4 @@ class ProbeConfig:
 
 def config_hash(config: ProbeConfig, models: list[str]) -> str:
     """Eight hex digits of what is measured on which weights; `models` are the digests of the checkpoints."""
-    plain = {key: value for key, value in to_plain(config).items() if key not in EXECUTION_KEYS}
-    return digest([plain, models])[:8]
-
-
-def digest(plain: Any) -> str:
-    """Sixteen hex digits of plain containers."""
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return content_hash([decisive(ProbeConfig, to_plain(config)), models])[:8]
