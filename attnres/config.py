@@ -1,14 +1,19 @@
 """From nested mappings to frozen, validated dataclasses, and back.
 
 A configuration file is data: it is read into a dataclass that lists every key, and anything else is an error
-that names the key, what was expected and the nearest known name.
+that names the key, what was expected and the nearest known name. No library says all three of them for dataclasses:
+msgspec takes unknown keys, cattrs needs hooks for strict scalars and unions, pydantic reads `"1e-3"` as a number or, if
+strict, takes no mapping; each of them costs more start-up time.
+
+A default stands in the dataclass: it is what a configuration that lacks the key means, be it written by hand or stored
+by an earlier version. The files under `conf/` show every key with the same value, which `tests` compare.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from attnres.errors import ConfigError
@@ -81,8 +86,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     try:
         return cls(**values)
     except (ConfigError, ValueError, TypeError) as error:
-        told = str(error)
-        raise ConfigError(told if not where or told.startswith(where) else f"{where}.{told}") from error
+        message = str(error)
+        raise ConfigError(message if not where or message.startswith(where) else f"{where}.{message}") from error
 
 
 def to_plain(value: Any) -> Any:
@@ -98,58 +103,71 @@ def to_plain(value: Any) -> Any:
     return str(value)
 
 
-def key(default: Any, *, hashed: bool = True, as_before: Any = dataclasses.MISSING, per_member: bool = False) -> Any:
-    """A field of a configuration with what it decides, said where it stands; `decisive` and `keys_per_member` read it.
+def key(
+    default: Any = dataclasses.MISSING,
+    *,
+    hashed: bool = True,
+    as_before: Any = dataclasses.MISSING,
+    may_differ: bool = False,
+) -> Any:
+    """A field of a configuration with what it decides, said where it stands; `decisive` and `agreeing` read it.
 
     Args:
-        default: its value, or a callable without arguments that makes one (a dataclass, a list).
+        default: its value, or a callable without arguments that makes one (a dataclass, a dict); none for a key that
+            must be given.
         hashed: whether it decides a result, and so the name of the folder; keys that say where and how something
             executes, or how often it is saved, do not.
         as_before: the value that asks for nothing beyond what a configuration without the key does. It is left out of
             the name, so that a key that is added later moves no folder. For a nested dataclass: its decisive part.
-        per_member: whether the members of one swept grid may differ in it.
+        may_differ: whether folders that belong together may differ in it: the members of one swept grid, or a run and
+            the other run whose checkpoint it goes on from.
     """
-    metadata = {"hashed": hashed, "as_before": as_before, "per_member": per_member}
+    metadata = {"hashed": hashed, "as_before": as_before, "may_differ": may_differ}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def decisive(cls: Any, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a plain configuration that decides a result: what a folder is named by, and what must agree.
+    """The part of a plain configuration that decides a result: what a folder is named by.
 
     Args:
         cls: the dataclass that it was built into, whose fields say what decides (`key`).
         plain: the configuration as plain containers, also one that another version stored: a key that `cls` lacks
             decides.
     """
+    return _selected(cls, plain, lambda said: said.get("hashed", True))
+
+
+def agreeing(cls: Any, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `decisive(cls, plain)` in which folders that belong together agree."""
+    return _selected(cls, plain, lambda said: said.get("hashed", True) and not said.get("may_differ"))
+
+
+def _selected(cls: Any, plain: Mapping[str, Any], chosen: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
+    """The keys, at any depth, that are chosen by what their fields say and hold another value than `as_before`."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     kept: dict[str, Any] = {}
-    for key, value in plain.items():
-        metadata = fields[key].metadata if key in fields else {}
-        if not metadata.get("hashed", True):
+    for name, value in plain.items():
+        said = fields[name].metadata if name in fields else {}
+        if not chosen(said):
             continue
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(key)):
-            value = decisive(hints[key], value)
-        as_before = metadata.get("as_before", dataclasses.MISSING)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(name)):
+            value = _selected(hints[name], value, chosen)
+        as_before = said.get("as_before", dataclasses.MISSING)
         if as_before is dataclasses.MISSING or value != to_plain(as_before):
-            kept[key] = value
+            kept[name] = value
     return kept
-
-
-def keys_per_member(cls: Any) -> tuple[str, ...]:
-    """Keys in which the members of one swept grid may differ."""
-    return tuple(field.name for field in dataclasses.fields(cls) if field.metadata.get("per_member"))
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted paths at which two plain configurations differ, each with both values (None where absent)."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
-        for key in sorted({*old, *new}):
-            found += differences(old.get(key), new.get(key), join(where, key))
-        return found
+        paths = []
+        for name in sorted({*old, *new}):
+            paths += differences(old.get(name), new.get(name), join(where, name))
+        return paths
     return [] if old == new else [(where, old, new)]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attnres.config import key
 from attnres.errors import ConfigError
 
 SOURCES = ("pystdlib", "pyenv", "files", "prepared")
@@ -36,7 +37,7 @@ class DataConfig:
         probe_confirm: Expected fraction of documents on which a probe tests them; the rest is "train".
         cache_dir: Folder that holds the prepared corpora.
         max_bytes: Read documents, in source order, only while their UTF-8 text stays within this many bytes.
-        obtain: Command that makes missing files; it is told, never run.
+        obtain: Command that makes missing files; it is shown, never run.
 
     Raises:
         ConfigError: A field has an impossible value.
@@ -44,19 +45,20 @@ class DataConfig:
 
     source: str = "pystdlib"
     paths: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
+    # A run on one set keeps the name that it had before sets could be mixed.
+    weights: tuple[float, ...] = key((), as_before=())
     text_column: str = "text"
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     tokenizer: str | None = None
-    sequence_length: int = 256
+    sequence_length: int = 128
     isolate_documents: bool = False
     seed: int = 0
     validation: float = 0.04
     probe_pilot: float = 0.08
     probe_confirm: float = 0.20
-    cache_dir: str = "cache"
+    cache_dir: str = key("cache", hashed=False)
     max_bytes: int | None = None
-    obtain: str | None = None
+    obtain: str | None = key(None, hashed=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.paths, str) or not isinstance(self.paths, Sequence):

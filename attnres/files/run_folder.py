@@ -3,7 +3,7 @@
 runs/<name>-<hash>/checkpoints/step_00000200/
     training.ckpt     Lightning's state
     model/            Hugging Face folder with tokenizer, data.json and training.json
-    manifest.json     sha256 and size of every other file, written last
+    manifest.json     sha256 and size of every other file and the version of the format, written last
 """
 
 import logging
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnres.errors import CheckpointError, ConfigError
+from attnres.files.formats import check_format
 from attnres.files.hashes import sha256_of
 from attnres.files.whole_files import read_object
 
@@ -25,6 +26,11 @@ MANIFEST = "manifest.json"
 COMPLETE = "complete.json"
 LOCK = ".lock"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
+_ITS_VERSION = "read it with the version of attnres that wrote it (the run's provenance.json names the commit)"
+
+
+class OtherFormat(CheckpointError):
+    """A checkpoint of another format: nothing is wrong with it, so no older one is taken in its place."""
 
 
 def step_name(step: int) -> str:
@@ -37,12 +43,8 @@ def list_steps(run_folder: Path) -> dict[int, Path]:
     folder = run_folder / CHECKPOINTS
     if not folder.is_dir():
         return {}
-    found = {}
-    for path in folder.iterdir():
-        match = _STEP_NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    named = ((_STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
 
 
 def refuse_links(folder: Path) -> None:
@@ -74,11 +76,13 @@ def verify(folder: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CheckpointError: no manifest, a missing, altered or unlisted file, or one that lies outside the folder.
+        CheckpointError: no manifest, another format, a missing, altered or unlisted file, or a file that lies outside
+            the folder.
     """
     path = folder / MANIFEST
     try:
         manifest = read_object(path)
+        check_format(manifest, path, OtherFormat, _ITS_VERSION)
         files = {str(name): (entry["sha256"], int(entry["bytes"])) for name, entry in manifest["files"].items()}
         if not path.read_bytes().endswith(b"\n"):
             raise ValueError("its end is missing")
@@ -97,12 +101,12 @@ def verify(folder: Path) -> dict[str, Any]:
             # Size and type first: a device or a pipe has no end.
             intact = file.stat().st_size == size and file.is_file() and sha256_of(file) == sha256
         except (OSError, ValueError) as error:
-            told = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"{file}: {told}; choose another checkpoint") from error
+            message = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{file}: {message}; choose another checkpoint") from error
         if not intact:
             raise CheckpointError(f"{file}: size or sha256 differs from the manifest; choose another checkpoint")
-    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or file.is_file()}
-    if strays := sorted(name for name in found - files.keys() - {MANIFEST} if not _hidden(name)):
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or file.is_file()}
+    if strays := sorted(name for name in present - files.keys() - {MANIFEST} if not _hidden(name)):
         raise CheckpointError(f"{folder / strays[0]}: not in the manifest; remove it or choose another checkpoint")
     return manifest
 
@@ -117,12 +121,15 @@ def latest(run_folder: Path) -> Path | None:
     Falls back to older ones, with a warning for each that it passes over.
 
     Raises:
-        CheckpointError: there are checkpoints and none is intact. Starting afresh is the user's decision.
+        CheckpointError: there are checkpoints and none is intact, so that starting afresh is the user's decision; or
+            the newest intact one is of another format.
     """
     steps = list_steps(run_folder)
     for step in reversed(steps):
         try:
             verify(steps[step])
+        except OtherFormat:
+            raise
         except CheckpointError as error:
             log.warning("CORRUPT CHECKPOINT passed over, falling back to an older one: %s", error)
             continue
@@ -141,11 +148,11 @@ def read_info(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: they are missing or not JSON objects.
     """
-    found = []
+    objects = []
     for name in ("training.json", "data.json"):
         path = folder / MODEL_FOLDER / name
         try:
-            found.append(read_object(path))
+            objects.append(read_object(path))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: unreadable ({error}); choose another checkpoint") from error
-    return found[0], found[1]
+    return objects[0], objects[1]

@@ -19,6 +19,7 @@ from attnres import faults
 from attnres.config import build, to_plain
 from attnres.data import Corpus, DataConfig, ProbeWindows, prepare, probe_windows
 from attnres.errors import AttnResError, CheckpointError, ConfigError, DataError, Stopped
+from attnres.files.hashes import content_hash
 from attnres.files.provenance import collect, source_digest
 from attnres.files.run_folder import LOCK, refuse_links, refuse_unsafe_loading
 from attnres.files.whole_files import locked, storage_errors
@@ -30,7 +31,7 @@ from attnres.model.wraps import wrap_qwen3
 from attnres.probe.attribution import attribution_table, run_attribution
 from attnres.probe.baseline import Located, locate, locate_baseline
 from attnres.probe.checks import check_subject, require_passed
-from attnres.probe.config import ProbeConfig, config_hash, digest
+from attnres.probe.config import ProbeConfig, config_hash
 from attnres.probe.earlier_probes import earlier_looks
 from attnres.probe.outputs import TRAINED, Setting, preregistration, register, write_tables
 from attnres.probe.passes import Subject
@@ -151,7 +152,7 @@ def _probe(config: ProbeConfig, command: str, ranks: Ranks, device: torch.device
         setting = Setting(config.probe, statistics, subjects, located, windows, checks, provenance, further)
         code = [provenance["versions"], source_digest(), device.type]
         measured_on = [to_plain(config.probe), hashes, code]
-        parts_folder = folder / PARTS / digest(measured_on)
+        parts_folder = folder / PARTS / content_hash(measured_on)[:16]
         with storage_errors(folder, _FREE):
             if ranks.rank == 0:
                 registered = preregistration(setting, [spec.id for spec in chosen])

@@ -16,9 +16,10 @@ class StatisticsConfig:
         sign_flips: random sign flips (B); the smallest p is 1 / (1 + B).
         bootstrap: BCa resamples.
         seed: seed of flips and resamples.
-        grid_cells: candidate cells of one model in the whole preregistered grid, over all interventions and places,
-            the excluded ones and those that other jobs run included. None: the candidates in the tables are the
-            whole grid.
+        grid_cells: candidate cells of one model in the whole preregistered grid: excluded ones too, and those that
+            other members of a swept grid run. None: a probe counts and registers the cells of its interventions,
+            controls, places and `cells`, over all families, sublayers and bands, whichever of these it runs; where
+            tables are judged without a registered number, the candidates in them are the whole grid.
         power: power at which `documents_needed` is computed.
         permutations: tables with permuted family labels, to measure how often they give a motif; 0 leaves it out.
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from attnres import faults
 from attnres.errors import CheckpointError, NumericsError, StorageError
+from attnres.files import formats
 from attnres.files.hashes import sha256_of
 from attnres.files.run_folder import (
     CHECKPOINTS,
@@ -286,7 +287,7 @@ def _write_manifest(folder: Path) -> None:
         files[path.relative_to(folder).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     for path in [p for p in folder.rglob("*") if p.is_dir()]:
         fsync_path(path)
-    write_json(folder / MANIFEST, {"files": files})
+    write_json(folder / MANIFEST, {formats.KEY: formats.VERSION, "files": files})
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,58 +1,26 @@
-"""What a training run is made of: frozen, validated settings, and the name of the folder that they decide."""
+"""What a training run is made of, frozen and validated, and the name of the folder that it decides.
 
-import hashlib
-import json
+Keys that are not `hashed` say where and how a run executes, or how often it is saved and logged, not what it computes.
+A run that is requeued on other hardware, or restarted with another micro-batch, must find its own folder. They change
+results by floating-point rounding at most.
+"""
+
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from attnres.config import require, to_plain
-from attnres.data import DataConfig
+from attnres.config import decisive, key, require, to_plain
+from attnres.data.config import DataConfig
+from attnres.files.hashes import content_hash
 
 Loss = Literal["auto", "plain", "chunked", "torch", "liger", "cce"]
 
-# Keys that say where and how a run executes, or how often it is saved and logged, not what it computes. A run
-# that is requeued on other hardware, or restarted with a different micro-batch, must find its own folder, so
-# these are left out of the hash. They change results by floating-point rounding at most.
-EXECUTION_KEYS = frozenset(
-    {
-        "name",
-        "resume",
-        "runs_dir",
-        "debug",
-        "logger",
-        # Which weights it names decides, `init.digest`, not where they lie.
-        "init.base",
-        "data.cache_dir",
-        "data.obtain",
-        "trainer.micro_batch_size",
-        "trainer.accelerator",
-        "trainer.devices",
-        "trainer.num_nodes",
-        "trainer.strategy",
-        "trainer.num_workers",
-        "trainer.threads",
-        "trainer.compile",
-        "trainer.gradient_checkpointing",
-        "trainer.val_every_steps",
-        "trainer.log_every_steps",
-        "trainer.routing_every_steps",
-        "trainer.checkpoint_every_steps",
-        "trainer.keep_last",
-        "trainer.milestone_every_steps",
-        "trainer.log_spaced",
-        "trainer.async_checkpoint",
-        "trainer.loss",
-        "trainer.peak_tflops",
-    }
-)
-# Values that ask for nothing beyond what a run without the key does; such a run's folder does not depend on them.
-_ASKS_NOTHING = {"init": {"wrap": None, "digest": None}, "trainable": "all"}
-
 Trainable = Literal["all", "routing", "routing_bias", "body"]
 AUTO = "auto"
+_execution = partial(key, hashed=False)
 
 
 @dataclass(frozen=True)
@@ -66,7 +34,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    warmup_steps: int = 100
+    warmup_steps: int = 30
     min_lr_ratio: float = 0.1
     grad_clip: float = 1.0
 
@@ -95,29 +63,30 @@ class TrainerConfig:
     device could do at the run's precision, for MFU; None takes it from a table of known GPUs.
     """
 
-    max_steps: int = 200
+    # A run that starts from another run's checkpoint may be longer, and measured differently, than that run.
+    max_steps: int = key(240, may_differ=True)
     global_batch_size: int = 16
-    micro_batch_size: int = 16
+    micro_batch_size: int = _execution(16)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    accelerator: str = "auto"
-    devices: int | Literal["auto"] = 1
-    num_nodes: int = 1
-    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    num_workers: int = 0
-    threads: int | None = None
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    val_every_steps: int = 100
-    val_batches: int = 8
-    log_every_steps: int = 10
-    routing_every_steps: int = 100
-    checkpoint_every_steps: int = 100
-    keep_last: int = 2
-    milestone_every_steps: int = 0
-    log_spaced: bool | float = False
-    async_checkpoint: bool = False
-    loss: Loss = "auto"
-    peak_tflops: float | None = None
+    accelerator: str = _execution("auto")
+    devices: int | Literal["auto"] = _execution(1)
+    num_nodes: int = _execution(1)
+    strategy: Literal["auto", "ddp", "fsdp2"] = _execution("auto")
+    num_workers: int = _execution(0)
+    threads: int | None = _execution(None)
+    compile: bool = _execution(False)
+    gradient_checkpointing: bool = _execution(False)
+    val_every_steps: int = _execution(100)
+    val_batches: int = key(4, may_differ=True)
+    log_every_steps: int = _execution(10)
+    routing_every_steps: int = _execution(100)
+    checkpoint_every_steps: int = _execution(100)
+    keep_last: int = _execution(2)
+    milestone_every_steps: int = _execution(0)
+    log_spaced: bool | float = _execution(False)
+    async_checkpoint: bool = _execution(False)
+    loss: Loss = _execution("auto")
+    peak_tflops: float | None = _execution(None)
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -175,7 +144,8 @@ class InitConfig:
     that of the base's weights: filled in, and checked where it is given.
     """
 
-    base: str | None = None
+    # Which weights it names decides (`digest`), not where they lie.
+    base: str | None = _execution(None)
     wrap: Literal["uniform", "recency"] | None = None
     digest: str | None = None
 
@@ -200,17 +170,17 @@ class TrainConfig:
     """
 
     model: dict[str, Any]
-    name: str = "tiny"
+    name: str = _execution()
     seed: int = 0
-    resume: str = "auto"
-    runs_dir: str = "runs"
-    debug: bool = False
-    trainable: Trainable = "all"
-    init: InitConfig = field(default_factory=InitConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    resume: str = _execution("auto")
+    runs_dir: str = _execution("runs")
+    debug: bool = _execution(False)
+    trainable: Trainable = key("all", as_before="all")
+    init: InitConfig = key(InitConfig, as_before={"wrap": None, "digest": None})
+    data: DataConfig = key(DataConfig)
+    optim: OptimConfig = key(OptimConfig)
+    trainer: TrainerConfig = key(TrainerConfig)
+    logger: LoggerConfig = _execution(LoggerConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -226,31 +196,9 @@ class TrainConfig:
         )
 
 
-def result_config(config: TrainConfig) -> dict[str, Any]:
-    """The part of a configuration that decides what is learned and measured, as plain containers."""
-    return without_execution_keys(to_plain(config))
-
-
-def without_execution_keys(plain: dict[str, Any]) -> dict[str, Any]:
-    """Leaves `EXECUTION_KEYS`, and what asks for nothing, out of a plain configuration."""
-    kept: dict[str, Any] = {}
-    for key, value in plain.items():
-        if key in EXECUTION_KEYS:
-            continue
-        if isinstance(value, dict):
-            value = {inner: item for inner, item in value.items() if f"{key}.{inner}" not in EXECUTION_KEYS}
-        if key not in _ASKS_NOTHING or value != _ASKS_NOTHING[key]:
-            kept[key] = value
-    if "data" in kept and not kept["data"].get("weights", True):
-        # A run on one set keeps the name that it had before sets could be mixed.
-        del kept["data"]["weights"]
-    return kept
-
-
 def config_hash(config: TrainConfig) -> str:
-    """Eight hex digits of the SHA-256 of the canonical JSON of `result_config`."""
-    canonical = json.dumps(result_config(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    """Eight hex digits of the hash of the part of a configuration that decides what is learned and measured."""
+    return content_hash(decisive(TrainConfig, to_plain(config)))[:8]
 
 
 def run_folder(config: TrainConfig) -> Path:

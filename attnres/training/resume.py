@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnres.config import differences, to_plain
+from attnres.config import agreeing, differences, to_plain
 from attnres.data import Corpus
 from attnres.errors import CheckpointError, ConfigError
 from attnres.files.redaction import redact_values
@@ -13,6 +13,7 @@ from attnres.files.run_folder import (
     CHECKPOINTS,
     COMPLETE,
     TRAINING_FILE,
+    OtherFormat,
     latest,
     list_steps,
     read_info,
@@ -20,12 +21,9 @@ from attnres.files.run_folder import (
     verify,
 )
 from attnres.files.whole_files import read_object
-from attnres.training.config import TrainConfig, without_execution_keys
+from attnres.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
-
-# A run that starts from another run's checkpoint may be longer, and measured differently, than that run.
-_MAY_DIFFER = ("trainer.max_steps", "trainer.val_batches")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,11 @@ class Start:
 
 
 def completed(folder: Path, max_steps: int) -> dict[str, Any] | None:
-    """`complete.json` of a run whose last checkpoint is intact, else None."""
+    """`complete.json` of a run whose last checkpoint is intact, else None.
+
+    Raises:
+        CheckpointError: its last checkpoint is of another format.
+    """
     path = folder / COMPLETE
     if not path.exists():
         return None
@@ -45,6 +47,8 @@ def completed(folder: Path, max_steps: int) -> dict[str, Any] | None:
         record = read_object(path)
         done = int(record["step"]) >= max_steps
         verify(folder / CHECKPOINTS / step_name(int(record["step"])))
+    except OtherFormat:
+        raise
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
         log.warning("%s says complete, but its checkpoint cannot be used; training goes on: %s", path, error)
         return None
@@ -73,25 +77,25 @@ def choose_start(config: TrainConfig, folder: Path) -> Start:
             )
         return Start()
     if resume in ("auto", "must"):
-        found = latest(folder)
-        if found is None and resume == "must":
+        newest = latest(folder)
+        if newest is None and resume == "must":
             raise CheckpointError(f"resume=must, but {folder} holds no checkpoint; use resume=auto to start afresh")
-        log.info("resume=%s: %s", resume, f"going on from {found}" if found else f"starting afresh in {folder}")
-        return _start(found)
+        log.info("resume=%s: %s", resume, f"going on from {newest}" if newest else f"starting afresh in {folder}")
+        return _start(newest)
     path = Path(resume)
     path = path.parent if path.name == TRAINING_FILE else path
     if not path.is_dir():
         raise CheckpointError(f"resume={resume}: no such folder; give a step folder, a run folder, auto, must or never")
     own = path.resolve().is_relative_to(folder.resolve())
     if not own and list_steps(folder):
-        found = latest(folder)
-        log.warning("resume=%s: %s has checkpoints of its own; going on from %s instead", resume, folder, found)
-        return _start(found)
+        newest = latest(folder)
+        log.warning("resume=%s: %s has checkpoints of its own; going on from %s instead", resume, folder, newest)
+        return _start(newest)
     if (path / CHECKPOINTS).is_dir():
-        found = latest(path)
-        if found is None:
+        newest = latest(path)
+        if newest is None:
             raise CheckpointError(f"resume={resume}: holds no checkpoint; choose another run")
-        return _start(found)
+        return _start(newest)
     verify(path)
     log.info("resume: going on from %s", path)
     return _start(path)
@@ -107,16 +111,15 @@ def check_compatible(config: TrainConfig, corpus: Corpus, checkpoint: Path) -> N
     stored = training.get("config", {})
     if not isinstance(stored, dict):
         raise CheckpointError(f"{checkpoint}: training.json holds no configuration; choose another checkpoint")
-    old = without_execution_keys(stored)
-    new = without_execution_keys(redact_values(to_plain(config)))
-    differing = [d for d in differences(old, new) if d[0] not in _MAY_DIFFER]
+    plain = redact_values(to_plain(config))
+    differing = differences(agreeing(TrainConfig, stored), agreeing(TrainConfig, plain))
     for name, value in (("fingerprint", corpus.fingerprint), ("tokenizer_sha256", corpus.tokenizer_sha256)):
         if data.get(name) != value:
             differing.append((f"data {name}", data.get(name), value))
     if differing:
-        told = "; ".join(f"{where}: {was!r} there, {now!r} here" for where, was, now in differing)
+        listed = "; ".join(f"{where}: {was!r} there, {now!r} here" for where, was, now in differing)
         raise CheckpointError(
-            f"{checkpoint} does not fit this run: {told}; make them agree, or leave that checkpoint out"
+            f"{checkpoint} does not fit this run: {listed}; make them agree, or leave that checkpoint out"
         )
 
 

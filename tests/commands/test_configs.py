@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from attnres.config import build
+from attnres.config import build, differences, to_plain
 from attnres.probe.config import ProbeConfig
 from attnres.training.config import TrainConfig, run_folder
 from attnres.training.models import KINDS, model_config
@@ -58,12 +58,27 @@ def test_both_arms_of_an_experiment_differ_in_the_model_alone(size):
     assert kept | {"kind": "vanilla"} == other
 
 
-@pytest.mark.parametrize("group", ["model", "data", "optim", "trainer", "logger"])
+@pytest.mark.parametrize("group", ["model", "data", "optim", "trainer", "logger", "+scale", "+control"])
 def test_every_option_of_a_training_group_composes(group):
-    for path in sorted((CONF / group).glob("*.yaml")):
+    for path in sorted((CONF / group.lstrip("+")).glob("*.yaml")):
         if path.stem in ("checkpoint", "files", "prepared"):
             continue
         build(TrainConfig, compose("train", f"{group}={path.stem}"))
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "given"), [("train", TrainConfig, ("model", "name")), ("probe", ProbeConfig, ("ckpt",))]
+)
+def test_conf_shows_every_key_with_the_default_of_the_dataclass(command, config, given):
+    shown = compose(command)
+    default = to_plain(build(config, {name: shown[name] for name in given}))
+    assert differences(to_plain(build(config, shown)), default) == []
+
+    def keys(plain):
+        return {name: keys(value) if isinstance(value, dict) else None for name, value in plain.items()}
+
+    # No key is missing from the files, where its comment stands and the command line finds it.
+    assert keys(shown) == keys(default)
 
 
 @pytest.mark.parametrize("group", ["data", "probe", "statistics"])
@@ -98,7 +113,7 @@ def command(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (["train.py", "trainer.max_step=3"], 2, "did you mean 'trainer.max_steps'"),
         (["train.py", "+optim.learning_rate=3"], 2, "unknown key 'optim.learning_rate'"),
@@ -116,11 +131,11 @@ def command(monkeypatch, capsys):
         (["probe.py", "--experimental-rerun", "config.pickle"], 2, "pickle"),
     ],
 )
-def test_command_tells_a_mistake_in_one_line_with_its_exit_code(command, arguments, code, told):
+def test_command_says_a_mistake_in_one_line_with_its_exit_code(command, arguments, code, message):
     ended, _, stderr = command(*arguments)
     assert ended == code, stderr
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and told in errors[0]
+    assert len(errors) == 1 and message in errors[0]
     assert "Traceback" not in stderr
 
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import pytest
 from training_runs import settings
 
-from attnres.config import build, differences, to_plain
+from attnres.config import agreeing, build, decisive, differences, key, to_plain
 from attnres.errors import ConfigError
 from attnres.files.provenance import collect, redact
-from attnres.training.config import EXECUTION_KEYS, TrainConfig, config_hash, run_folder
+from attnres.training.config import TrainConfig, config_hash, run_folder
 from attnres.training.models import model_config
 
 
@@ -127,7 +127,7 @@ def test_run_folder_depends_on_what_is_computed_only(tmp_path: Path, data: dict[
     moved = build(TrainConfig, settings(tmp_path, dict(data), **executed))
     assert run_folder(moved) == run_folder(base)
     assert run_folder(base).name == f"attnres-{config_hash(base)}"
-    for key, value in {
+    for name, value in {
         "seed": 1,
         "optim__lr": 1e-4,
         "trainer__max_steps": 7,
@@ -135,18 +135,45 @@ def test_run_folder_depends_on_what_is_computed_only(tmp_path: Path, data: dict[
         "model__hidden_size": 64,
         "data__sequence_length": 32,
     }.items():
-        assert run_folder(build(TrainConfig, settings(tmp_path, dict(data), **{key: value}))) != run_folder(base), key
+        assert run_folder(build(TrainConfig, settings(tmp_path, dict(data), **{name: value}))) != run_folder(base), name
 
 
-def test_execution_keys_exist(tmp_path: Path, data: dict[str, Any]) -> None:
-    plain = to_plain(build(TrainConfig, settings(tmp_path, data)))
-    keys = set(plain) | {f"{group}.{key}" for group, inner in plain.items() if isinstance(inner, dict) for key in inner}
-    assert keys >= EXECUTION_KEYS
+@dataclass(frozen=True)
+class Innermost:
+    rate: float = 0.5
+    later: int = key(0, as_before=0)
+    threads: int = key(1, hashed=False)
+    steps: int = key(3, may_differ=True)
+
+
+@dataclass(frozen=True)
+class Middle:
+    inner: Innermost = key(Innermost)
+    added: Innermost = key(Innermost, as_before={"rate": 0.5, "steps": 3})
+
+
+@dataclass(frozen=True)
+class Whole:
+    middle: Middle = key(Middle)
+    free: dict[str, Any] = key(dict)
+
+
+def test_what_decides_is_said_beside_the_field_at_any_depth() -> None:
+    plain = to_plain(Whole(free={"threads": 2}))
+    shown = {"middle": {"inner": {"rate": 0.5, "steps": 3}}, "free": {"threads": 2}}
+    assert decisive(Whole, plain) == shown
+    plain["middle"]["inner"] |= {"later": 4, "unknown": 5, "threads": 6, "steps": 7}
+    plain["middle"]["added"]["rate"] = 0.25
+    inner = {"rate": 0.5, "later": 4, "unknown": 5, "steps": 7}
+    shown["middle"] = {"inner": inner, "added": {"rate": 0.25, "steps": 3}}
+    assert decisive(Whole, plain) == shown
+    shown["middle"] = {"inner": {k: v for k, v in inner.items() if k != "steps"}, "added": {"rate": 0.25}}
+    assert agreeing(Whole, plain) == shown
 
 
 def test_differences_lists_dotted_paths() -> None:
-    found = differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4}, "e": 5})
-    assert found == [("b.c", 2, 4), ("b.d", 3, None), ("e", None, 5)]
+    listed = differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4}, "e": 5})
+    assert listed == [("b.c", 2, 4), ("b.d", 3, None), ("e", None, 5)]
 
 
 def test_provenance_masks_secrets_and_keeps_the_rest() -> None:

@@ -9,11 +9,11 @@ import torch
 from training_runs import rows, run, same, settings, state
 
 from attnres import load_model
-from attnres.config import build
+from attnres.config import build, decisive, to_plain
 from attnres.data import prepare
 from attnres.errors import AttnResError, CheckpointError, ConfigError
 from attnres.model.locate import locate
-from attnres.training.config import TrainConfig, config_hash, result_config, run_folder
+from attnres.training.config import TrainConfig, config_hash, run_folder
 from attnres.training.initial_weights import freeze, resolve_base, start_from
 from attnres.training.models import build_model, model_config
 from attnres.training.module import nll_sum
@@ -157,7 +157,7 @@ def test_folder_depends_on_the_weights_and_not_on_where_they_lie(vanilla, data, 
 def test_folder_of_a_run_without_a_base_does_not_depend_on_these_keys(data, tmp_path):
     plain = settings(tmp_path, data)
     spelled = plain | {"trainable": "all", "init": {"base": None, "wrap": None, "digest": None}}
-    assert not {"init", "trainable"} & result_config(build(TrainConfig, plain)).keys()
+    assert not {"init", "trainable"} & decisive(TrainConfig, to_plain(build(TrainConfig, plain))).keys()
     assert config_hash(build(TrainConfig, plain)) == config_hash(build(TrainConfig, spelled))
     assert config_hash(build(TrainConfig, plain | {"trainable": "body"})) != config_hash(build(TrainConfig, plain))
 
