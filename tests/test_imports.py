@@ -17,25 +17,18 @@ assert CONFIG_MAPPING["qwen3_attnres"] is Qwen3AttnResConfig
 assert MODEL_FOR_CAUSAL_LM_MAPPING[Qwen3AttnResConfig].__name__ == "Qwen3AttnResForCausalLM"
 assert not any(type(finder).__module__.startswith("attnres") for finder in sys.meta_path)
 """
-THREADS = """
-import attnres, importlib, sys, threading
-names = ["transformers.modeling_utils", "transformers.models.auto.modeling_auto", "attnres.model.modeling",
-         "transformers.models.auto.configuration_auto", "transformers.models.qwen3.modeling_qwen3", "attnres.model.wraps"]
-sys.setswitchinterval(1e-5)
-errors, barrier = [], threading.Barrier(len(names))
-def load(name):
-    barrier.wait()
-    try:
-        importlib.import_module(name)
-        if name.endswith("configuration_auto"):
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-            assert "qwen3_attnres" in CONFIG_MAPPING
-    except BaseException as error:
-        errors.append(error)
-threads = [threading.Thread(target=load, args=(name,)) for name in names]
-[thread.start() for thread in threads]
-[thread.join(120) for thread in threads]
-assert not errors and not any(thread.is_alive() for thread in threads), errors
+OTHER_THREAD = """
+import attnres, sys, threading
+(finder,) = (finder for finder in sys.meta_path if type(finder).__module__.startswith("attnres"))
+began, end = threading.Event(), threading.Event()
+def load_slowly():
+    with finder._loading():
+        began.set(), end.wait(300)
+thread = threading.Thread(target=load_slowly)
+thread.start(), began.wait()
+from transformers import AutoConfig
+assert AutoConfig.for_model("qwen3_attnres", num_hidden_layers=2, attnres_num_blocks=1).attnres_num_blocks == 1
+end.set(), thread.join()
 """
 OTHER_FINDER = """
 import sys
@@ -87,7 +80,7 @@ def run(code: str, *arguments: str) -> str:
         "import attnres, importlib.util; importlib.util.find_spec('transformers.models.auto.configuration_auto')",
         # A module that fails to load.
         "import attnres, contextlib\nwith contextlib.suppress(ImportError): import transformers.no_such_module",
-        pytest.param(THREADS, id="several threads"),
+        pytest.param(OTHER_THREAD, id="another thread in the middle of a module"),
         pytest.param(OTHER_FINDER, id="a finder that instruments"),
         pytest.param(LOADERS, id="loaders stay what they are"),
     ],
@@ -116,7 +109,7 @@ def test_a_spawned_process_knows_the_model(tmp_path):
         "import multiprocessing\nimport attnres\n"
         "def child():\n"
         "    from transformers import AutoConfig\n"
-        "    assert AutoConfig.for_model('qwen3_attnres', num_hidden_layers=2, attnres_num_blocks=1).num_hidden_layers\n"
+        "    AutoConfig.for_model('qwen3_attnres', num_hidden_layers=2, attnres_num_blocks=1)\n"
         "if __name__ == '__main__':\n"
         "    process = multiprocessing.get_context('spawn').Process(target=child)\n"
         "    process.start(), process.join(120)\n"
