@@ -12,8 +12,8 @@ Registers: the launches of that run, and those with gradients of routing too, wh
 compiled ahead of time for sm_80, sm_90 and sm_100; the worse of the two is shown. Spills are the stack of the dump.
 
 D = 1024, bf16. Prints a table and JSON lines; the last line is the verdict, the exit status is 0 if all of it holds:
-unique bytes within 10% of the floor; no spills on sm_90 for read (S = 1..10), merge and inter (7 sources x 8 queries);
-none on sm_80 and sm_100 for read, merge, and inter at the query count chosen there. Nothing is claimed about speed.
+unique bytes within 10% of the floor; no spills on sm_90 for read (S = 1..10), merge and block (7 sources x 8 queries);
+none on sm_80 and sm_100 for read, merge, and block at the query count chosen there. Nothing is claimed about speed.
 """
 
 import argparse
@@ -32,8 +32,8 @@ WIDTH, BATCH_TOKENS, LIMIT = 1024, 32768, 1.10
 VECTOR = 2 * WIDTH
 ARCHITECTURES = (80, 90, 100)
 SOURCES = range(1, 11)
-# n x M of the inter launches: the shape of the gate, and the largest that the backend makes, on sm_90 and elsewhere.
-INTER = {90: ((7, 8), (7, 9), (8, 6)), 80: ((7, 5), (8, 4)), 100: ((7, 5), (8, 4))}
+# n x M of the block launches: the shape of the gate, and the largest that the backend makes, on sm_90 and elsewhere.
+BLOCKS = {90: ((7, 8), (7, 9), (8, 6)), 80: ((7, 5), (8, 4)), 100: ((7, 5), (8, 4))}
 
 
 def floors() -> dict[str, tuple[int, str]]:
@@ -45,9 +45,9 @@ def floors() -> dict[str, tuple[int, str]]:
     for s in SOURCES:
         table[f"read S={s} fwd"] = (s + 1, "S sources in; mix out")
         table[f"read S={s} bwd"] = (2 * s + 1, "S sources, d_mix in; S d_sources out")
-    for n, m in sorted({shape for shapes in INTER.values() for shape in shapes}):
-        table[f"inter {n}x{m} fwd"] = (n + m, "n sources in; M mixes out")
-        table[f"inter {n}x{m} bwd"] = (2 * n + m, "n sources, M d_mixes in; n d_sources out")
+    for n, m in sorted({shape for shapes in BLOCKS.values() for shape in shapes}):
+        table[f"block {n}x{m} fwd"] = (n + m, "n sources in; M mixes out")
+        table[f"block {n}x{m} bwd"] = (2 * n + m, "n sources, M d_mixes in; n d_sources out")
     return {name: (count * VECTOR, words) for name, (count, words) in table.items()}
 
 
@@ -131,7 +131,7 @@ def cases() -> dict[str, Callable[[int, bool], tuple[list[Any], list[Any]]]]:
     """Each case makes, for so many tokens, outputs with their inputs; `True` asks for gradients of routing too."""
     import torch
 
-    from attnres.ops import triton_inter, triton_merge, triton_read
+    from attnres.ops import triton_block, triton_merge, triton_read
 
     def leaf(*shape: int, dtype: Any = torch.float32) -> Any:
         return torch.randn(*shape).to(dtype).requires_grad_()
@@ -147,10 +147,10 @@ def cases() -> dict[str, Callable[[int, bool], tuple[list[Any], list[Any]]]]:
 
         return make
 
-    def inter(n: int, m: int) -> Any:
+    def block(n: int, m: int) -> Any:
         def make(tokens: int, routing: bool) -> tuple[list[Any], list[Any]]:
             sources, queries, bias = vectors(n, tokens), leaf(m, WIDTH), leaf(m, n)
-            logits, lse, _, *mixed = triton_inter.inter(sources, queries, bias, 1e-6)
+            logits, lse, _, *mixed = triton_block.read_block(sources, queries, bias, 1e-6)
             return [lse, *mixed, *([logits] if routing else [])], [*sources, queries, bias]
 
         return make
@@ -165,8 +165,8 @@ def cases() -> dict[str, Callable[[int, bool], tuple[list[Any], list[Any]]]]:
         return [triton_merge.norm(*inputs, 1e-6)[0]], inputs
 
     table = {"merge_add": merge, "norm": norm} | {f"read S={s}": read(s) for s in SOURCES}
-    shapes = sorted({shape for shapes in INTER.values() for shape in shapes})
-    return table | {f"inter {n}x{m}": inter(n, m) for n, m in shapes}
+    shapes = sorted({shape for shapes in BLOCKS.values() for shape in shapes})
+    return table | {f"block {n}x{m}": block(n, m) for n, m in shapes}
 
 
 def measure(make: Any, tokens: int, routing: bool) -> dict[str, Counter]:
@@ -186,13 +186,13 @@ def count() -> None:
     """Print one JSON line per case and direction: bytes per token, and the launch."""
     import torch
 
-    from attnres.ops import triton_common, triton_inter, triton_merge, triton_read
+    from attnres.ops import triton_block, triton_common, triton_merge, triton_read
 
     torch.manual_seed(0)
-    programs = {"inter": triton_inter.PROGRAMS, "read": triton_read.PROGRAMS}
+    programs = {"block": triton_block.PROGRAMS, "read": triton_read.PROGRAMS}
     # One token a program as on a GPU; few programs, so that their partial rows are the same for both token counts.
     triton_common.INTERPRETED_TOKENS = 1
-    triton_inter.PROGRAMS = triton_read.PROGRAMS = triton_merge.PROGRAMS = 1
+    triton_block.PROGRAMS = triton_read.PROGRAMS = triton_merge.PROGRAMS = 1
     for name, make in cases().items():
         few, many = measure(make, 2, False), measure(make, 4, False)
         launches = measure(make, 1, True)
@@ -205,12 +205,12 @@ def count() -> None:
             launch = variants[0]
             queries = launch["constants"].get("M", 2 if name == "merge_add" else 1)
             if direction == "bwd":
-                rows = programs["inter" if name.startswith("inter") else "read"] * queries * WIDTH * 4
+                rows = programs["block" if name.startswith("block") else "read"] * queries * WIDTH * 4
                 # The rows of one program are in `fixed`; all are read again by the second reduction.
                 fixed += 2 * rows - queries * WIDTH * 4
                 if name != "norm":
                     sources = launch["constants"].get("S", launch["constants"].get("N", 1))
-                    scores = 4 * sources * (queries if name.startswith("inter") else 1)
+                    scores = 4 * sources * (queries if name.startswith("block") else 1)
                     per_token = {what: value + scores for what, value in per_token.items()}
             share = fixed / BATCH_TOKENS
             figures = {what: round(value + share) for what, value in per_token.items()}
@@ -248,7 +248,7 @@ def compile_launch(launch: dict[str, Any], architecture: int) -> dict[str, int]:
 
 def wanted(case: str, architecture: int) -> bool:
     """Whether the backend can launch a case on an architecture."""
-    return not case.startswith("inter") or case in {f"inter {n}x{m}" for n, m in INTER[architecture]}
+    return not case.startswith("block") or case in {f"block {n}x{m}" for n, m in BLOCKS[architecture]}
 
 
 def judge(row: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Families of sources, places in the depth, cells of the grid, and which of them can be judged at all.
 
-Everything here follows from the depth plan, so eligibility is fixed before any model is run.
+`ineligibility` decides whether a family can be judged at a read, `cell` whether the cell is excluded: fewer than half of
+its reads are eligible. Both follow from the depth plan, so exclusion is fixed before any model is run.
 """
 
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ class Cell:
 
 
 def cell(plan: DepthPlan, family: str, sublayer: str | None, band: str) -> Cell:
-    """One cell: it needs at least half of its place's reads to be eligible."""
+    """One cell, excluded (with a `reason`) unless at least half of its place's reads are eligible."""
     reads = place_reads(plan, sublayer, band)
     reasons = [ineligibility(plan, read, family) for read in reads]
     good = [read for read, reason in zip(reads, reasons, strict=True) if not reason]
@@ -161,8 +162,8 @@ def cell(plan: DepthPlan, family: str, sublayer: str | None, band: str) -> Cell:
         reason = "the band has no layers" if band in BANDS else f"the model has no {band}"
     else:
         counts = {why: reasons.count(why) for why in dict.fromkeys(reasons) if why}
-        told = "; ".join(f"{why} at {count} of {len(reads)} reads" for why, count in counts.items())
-        reason = told if not good else f"{told}: fewer than half are eligible"
+        reason = "; ".join(f"{why} at {count} of {len(reads)} reads" for why, count in counts.items())
+        reason += ": fewer than half are eligible" if good else ""
     feeds = place_sublayer(plan, sublayer, band)
     return Cell(family, feeds, band, tuple(read.index for read in good), len(reads), mean_sources, reason)
 

@@ -2,6 +2,9 @@
 
 A source is named by what it sums: the token embedding (or not) and a run of consecutive sublayer outputs. Two sources
 with the same name are the same vector, so duplicates, families and eligibility follow from the plan alone.
+
+The running state resets where a block opens: `DepthPlan.reads` says at which read, `DepthPlan.resets` under which
+conventions. The model follows it in `attnres.model.routing.open_block`.
 """
 
 import math
@@ -24,8 +27,7 @@ class Source:
 
     def __str__(self) -> str:
         outputs = f"o{self.start}..o{self.stop - 1}" if self.stop > self.start + 1 else f"o{self.start}"
-        parts = ["emb"] * self.embedding + [outputs] * (self.stop > self.start)
-        return "+".join(parts)
+        return "+".join(["emb"] * self.embedding + [outputs] * (self.stop > self.start))
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class DepthPlan:
 
     @property
     def resets(self) -> bool:
-        """Whether the running state is emptied when it is pushed."""
+        """Whether the running state starts empty again when it has been pushed."""
         return self.convention != "cumulative"
 
     @property
@@ -123,6 +125,7 @@ class DepthPlan:
             # The final read joins the last block instead of opening one, so that it needs no preparation of its own.
             opens = j > 0 and j % block_length == 0 and (j < sublayers or block_length == 1)
             if opens and current is not None:
+                # The running state is pushed as a finished source, and resets.
                 finished.append(current)
                 current = None if self.resets else current
                 block, index_in_block = block + 1, 0
@@ -146,10 +149,6 @@ class DepthPlan:
     def layer_reads(self, layer: int) -> tuple[ReadPlan, ReadPlan]:
         """The attention read and the MLP read of a layer."""
         return self.reads[2 * layer], self.reads[2 * layer + 1]
-
-    def same_vector(self, read: ReadPlan) -> tuple[int, ...]:
-        """For each source of a read, the position of the first source that is the same vector."""
-        return tuple(read.sources.index(source) for source in read.sources)
 
     def routing_is_trainable(self, read: ReadPlan) -> bool:
         """Whether the weights of a read can depend on anything: not with one source, nor with equal ones."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON that is read within bounds, locks, and what a full disk is told as."""
+"""Files that appear whole or not at all, JSON that is read within bounds, locks, and the error of a full disk."""
 
 import errno
 import json
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is larger than `MOST_BYTES`, nested deeper than `MOST_DEPTH`, or not JSON.
+        ValueError: it is larger than `MOST_BYTES`, nested deeper than `MOST_DEPTH`, or not JSON in UTF-8.
     """
     size = path.stat().st_size
     # Size and type first: a device or a pipe has no end.
@@ -82,14 +82,15 @@ def read_json(path: Path) -> Any:
         raise ValueError("not a regular file")
     if size > MOST_BYTES:
         raise ValueError(f"{size:,} bytes, at most {MOST_BYTES:,} are read")
-    text = path.read_bytes()
+    raw = path.read_bytes()
     depth = 0
-    for token in _NESTING.finditer(text):
+    for token in _NESTING.finditer(raw):
         sign = token[0]
         depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
         if depth > MOST_DEPTH:
             raise ValueError(f"nested deeper than {MOST_DEPTH}")
-    return json.loads(text)
+    # As UTF-8 and nothing else: in it alone a byte that looks like a quote or a bracket is one.
+    return json.loads(raw.decode())
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The model: depth plan, families of sources, Block AttnRes Qwen3, and loading."""
+"""The model: Block AttnRes Qwen3, its reads, and the way from a path to verified weights."""

@@ -1,11 +1,12 @@
 """Our classes under transformers' Auto classes, without importing transformers before the user does."""
 
 import importlib
-import importlib.machinery
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.abc import Loader, MetaPathFinder
+from contextlib import contextmanager, suppress
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # The library's registries, and our modules that register their class where they end: they need the registry's own
@@ -25,61 +26,63 @@ def register_when_imported() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds transformers' modules and ours as the import system does, and notices when the outermost is loaded.
+    """Finds nothing itself: it lets the others find modules of transformers and ours, and notices when they are loaded.
 
-    Only then may our classes be imported: a registry can be loaded in the middle of the very modules that they need.
-    The finder removes itself when everything is registered.
+    Our classes may be imported only when the outermost of those modules is there: a registry can be loaded in the
+    middle of the very modules that they need. The finder removes itself when everything is registered.
     """
 
     def __init__(self) -> None:
-        self._pending = list(_REGISTRIES)
-        self._depth = 0
+        self._registered: set[str] = set()
+        # Each thread has modules of its own under way; what two threads need, the import system makes one wait for.
+        self._thread = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    ) -> ModuleSpec | None:
         if fullname.partition(".")[0] not in ("transformers", "attnres"):
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
-        return spec
+        # A copy: another thread may be removing the finder.
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 :] if self in finders else ():
+            if (spec := finder.find_spec(fullname, path, target)) is not None:
+                self._watch(spec)
+                return spec
+        return None
+
+    def _watch(self, spec: ModuleSpec) -> None:
+        """Has the loader say when it begins and ends. It stays what it is: much else asks loaders for things."""
+        loader = spec.loader
+        if loader is None:
+            return
+        load = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            with suppress(AttributeError):
+                del loader.exec_module
+            with self._loading():
+                load(module)
+            self.settle()
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
-        """While one module is loaded; registers after the outermost."""
-        self._depth += 1
+    def _loading(self) -> Iterator[None]:
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
         try:
             yield
         finally:
-            self._depth -= 1
-        self.settle()
+            self._thread.depth -= 1
 
     def settle(self) -> None:
-        """Registers what can be, unless a module is being loaded."""
-        while self._depth == 0 and (loaded := [name for name in self._pending if name in sys.modules]):
-            # Taken first, because registering imports more of transformers.
-            self._pending.remove(loaded[0])
-            importlib.import_module(_REGISTRIES[loaded[0]])
-        if not self._pending and self in sys.meta_path:
-            sys.meta_path.remove(self)
-
-
-class _Loader(Loader):
-    """Another loader, in whose place it stands until the module is there."""
-
-    def __init__(self, loader: Loader, finder: _Finder) -> None:
-        self._loader, self._finder = loader, finder
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self._loader
-        with self._finder.loading():
-            self._loader.exec_module(module)
-
-    def __getattr__(self, name: str) -> object:
-        # What `python -m` and readers of source ask a loader for.
-        return getattr(self._loader, name)
+        """Registers what can be, unless this thread is loading a module."""
+        if getattr(self._thread, "depth", 0):
+            return
+        with self._loading():
+            # Registering the first may import the registry of the second.
+            while waiting := [name for name in _REGISTRIES if name in sys.modules and name not in self._registered]:
+                importlib.import_module(_REGISTRIES[waiting[0]])
+                self._registered.add(waiting[0])
+        if self._registered == _REGISTRIES.keys():
+            with suppress(ValueError):
+                sys.meta_path.remove(self)

@@ -44,10 +44,9 @@ class Qwen3AttnResConfig(Qwen3Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Qwen3AttnResConfig":
-        """As in transformers; a stored configuration without `attnres_sources` is a released one.
+        """As in transformers; a released configuration, which names no convention, is taken as `seeded_block_sum`.
 
-        Released open-attention-residuals checkpoints name no convention; `load_model` finds it from the tensors, a bare
-        `from_pretrained` assumes `seeded_block_sum`.
+        See `attnres.model.released`; `load_model` finds the convention from the tensors.
         """
         return super().from_dict({"attnres_sources": "seeded_block_sum", **config_dict}, **kwargs)
 

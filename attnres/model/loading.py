@@ -1,4 +1,4 @@
-"""One door for every kind of checkpoint."""
+"""From a Hugging Face folder to a model: one door for every kind of checkpoint, strict in all of them."""
 
 import dataclasses
 import logging
@@ -14,67 +14,18 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from attnres.errors import CheckpointError
 from attnres.files.whole_files import read_object
 from attnres.model.config import Qwen3AttnResConfig
+from attnres.model.locate import model_folder
 from attnres.model.modeling import Qwen3AttnResForCausalLM
-from attnres.model.released import read_weights, released_convention, weight_files
-from attnres.model.routing import is_bias
+from attnres.model.released import named_convention
+from attnres.model.routing import is_bias, newest_alone
+from attnres.model.weights import read_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
-# Hugging Face hub ids are `owner/name`; anything else is a path and never leads to a download.
-_HUB_ID_PARTS = 2
 # A configuration may claim this many times what its file holds (tied or absent tensors) before it is refused.
 _MOST_CLAIMED_OVER_HELD = 4
 # What older versions of the library wrote where there is `rope_parameters` and `dtype` now.
 _OLD_FIELDS = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "model_type"})
-
-
-def model_folder(path: str | Path) -> Path:
-    """The Hugging Face folder behind a path.
-
-    Args:
-        path: a Hugging Face folder, a checkpoint (`.../checkpoints/step_N`, or the `training.ckpt` in it), a run folder
-            (its newest checkpoint), or a hub id `owner/name` where no such path exists (this downloads).
-
-    Raises:
-        CheckpointError: where there is nothing to load.
-    """
-    folder = Path(path)
-    if folder.is_file():
-        folder = folder.parent
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
-    steps = sorted(folder.glob("checkpoints/step_*/model/config.json"))
-    if steps:
-        return steps[-1].parent
-    if folder.exists():
-        raise CheckpointError(
-            f"checkpoint {path}: no config.json and no checkpoints/step_* inside; name a run or a model folder"
-        )
-    parts = str(path).split("/")
-    if (
-        len(parts) == _HUB_ID_PARTS
-        and all(parts)
-        and not str(path).startswith((".", "~"))
-        and not folder.parent.exists()
-    ):
-        return _download(str(path))
-    raise CheckpointError(
-        f"checkpoint {path}: no such file or folder; train one with `python train.py`, or check the path"
-    )
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    logger.info("downloading %s from the Hugging Face hub", hub_id)
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {hub_id}: no such path, and the hub did not give it ({type(error).__name__}); check the name"
-        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -102,15 +53,15 @@ def _build_config(folder: Path, stored: dict[str, Any], names: set[str]) -> Qwen
         raise CheckpointError(
             f"checkpoint {folder}: config.json asks for {claimed:,} layers, the file holds {len(layers)}"
         )
-    for key, known in (("attnres_mode", "block"), ("attnres_gate_type", "bias")):
-        if kind != "qwen3" and stored.get(key, known) != known:
-            raise CheckpointError(f"checkpoint {folder}: {key}={stored[key]!r} is not supported, only {known!r}")
+    if kind != "qwen3":
+        try:
+            stored = named_convention(stored, names)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {folder}: {error}") from error
     config_class: type[Qwen3Config] = Qwen3Config if kind == "qwen3" else Qwen3AttnResConfig
     fields = {field.name for field in dataclasses.fields(config_class)} | _OLD_FIELDS
     stored = {key: value for key, value in stored.items() if key in fields}
     try:
-        if kind != "qwen3":
-            stored.setdefault("attnres_sources", released_convention(names))
         return config_class.from_dict(stored)
     except Exception as error:  # the library's own validation raises several types
         raise _no_model(folder, error) from error
@@ -126,7 +77,8 @@ def load_model(
     """Load any checkpoint this project knows, strictly: every parameter found, none left over.
 
     Args:
-        path: see `model_folder`. AttnRes and vanilla Qwen3, ours or released by open-attention-residuals.
+        path: see `attnres.model.locate.model_folder`. AttnRes and vanilla Qwen3, ours or released by
+            open-attention-residuals.
         bias: `"stored"` uses the routing biases of the file; `"init"` replaces the newest source's by the
             configuration's `attnres_recency_bias_init`, as some versions of the releasing code did on loading.
         dtype: of the parameters; None keeps the stored one.
@@ -154,8 +106,7 @@ def load_model(
     if bias == "init" and isinstance(config, Qwen3AttnResConfig):
         for name in weights:
             if is_bias(name):
-                weights[name] = torch.zeros_like(weights[name])
-                weights[name][-1] = config.attnres_recency_bias_init
+                weights[name] = newest_alone(weights[name], config.attnres_recency_bias_init)
     build: Any = Qwen3AttnResForCausalLM if isinstance(config, Qwen3AttnResConfig) else Qwen3ForCausalLM
     stored_dtype = next(iter(weights.values())).dtype
     try:

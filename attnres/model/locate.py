@@ -1,6 +1,7 @@
 """From a path in a configuration to a verified Hugging Face folder."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,14 @@ from attnres.errors import CheckpointError
 from attnres.files.hashes import sha256_of
 from attnres.files.run_folder import CHECKPOINTS, COMPLETE, MANIFEST, MODEL_FOLDER, latest, verify
 from attnres.files.whole_files import read_object
-from attnres.model.loading import model_folder
-from attnres.model.released import weight_files
+from attnres.model.weights import weight_files
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint that was found.
+    """A checkpoint: where it is, and what is known of it.
 
     Attributes:
         folder: its Hugging Face folder.
@@ -39,11 +39,55 @@ class Located:
     training: Mapping[str, Any]
 
 
+def model_folder(path: str | Path) -> Path:
+    """The Hugging Face folder behind a path, as it is: `locate` also verifies it.
+
+    Args:
+        path: a Hugging Face folder, a checkpoint (`.../checkpoints/step_N`, or the `training.ckpt` in it), a run folder
+            (its newest checkpoint), or a hub id `owner/name` where no such path exists (this downloads).
+
+    Raises:
+        CheckpointError: where there is nothing to load.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        folder = folder.parent
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / MODEL_FOLDER / "config.json").is_file():
+        return folder / MODEL_FOLDER
+    steps = sorted(folder.glob(f"{CHECKPOINTS}/step_*/{MODEL_FOLDER}/config.json"))
+    if steps:
+        return steps[-1].parent
+    if folder.exists():
+        raise CheckpointError(
+            f"checkpoint {path}: no config.json and no checkpoints/step_* inside; name a run or a model folder"
+        )
+    # Anything that is not `owner/name` is a path and never leads to a download.
+    if re.fullmatch(r"[^/.~][^/]*/[^/]+", str(path)) and not folder.parent.exists():
+        return _download(str(path))
+    raise CheckpointError(
+        f"checkpoint {path}: no such file or folder; train one with `python train.py`, or check the path"
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    log.info("downloading %s from the Hugging Face hub", hub_id)
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {hub_id}: no such path, and the hub did not give it ({type(error).__name__}); check the name"
+        ) from error
+
+
 def locate(path: str) -> Located:
     """Find and verify a checkpoint.
 
     Args:
-        path: see `attnres.model.loading.model_folder`; a run folder may be named without its hash, and the newest of
+        path: see `model_folder`; a run folder may be named without its hash, and the newest of
             several is taken.
 
     Raises:
@@ -51,7 +95,7 @@ def locate(path: str) -> Located:
     """
     given = Path(path)
     if not given.exists():
-        runs = sorted(given.parent.glob(f"{given.name}-*/{CHECKPOINTS}"), key=lambda found: found.stat().st_mtime)
+        runs = sorted(given.parent.glob(f"{given.name}-*/{CHECKPOINTS}"), key=lambda place: place.stat().st_mtime)
         if runs:
             given = runs[-1].parent
             log.info("%s: taking %s%s", path, given, f", the newest of {len(runs)}" if len(runs) > 1 else "")
@@ -61,7 +105,7 @@ def locate(path: str) -> Located:
             raise CheckpointError(f"{given}: the run holds no checkpoint yet; train it with `python train.py`")
         folder = step / MODEL_FOLDER
     else:
-        folder = model_folder(str(given) if given.exists() else path)
+        folder = model_folder(given if given.exists() else path)
     verified = (folder.parent / MANIFEST).is_file() and folder.name == MODEL_FOLDER
     if verified:
         verify(folder.parent)
@@ -88,7 +132,7 @@ def vanilla_runs(beside: Path, data: Mapping[str, Any], shape: Mapping[str, Any]
         shape: `num_hidden_layers` and `hidden_size`, as in `config.json`.
         seed: of the training.
     """
-    found = []
+    matches = []
     for run in sorted(beside.glob(f"*/{CHECKPOINTS}"), key=lambda place: place.stat().st_mtime):
         models = sorted(run.glob(f"*/{MODEL_FOLDER}"))
         if not models:
@@ -98,8 +142,8 @@ def vanilla_runs(beside: Path, data: Mapping[str, Any], shape: Mapping[str, Any]
         same_shape = all(config.get(key) == shape.get(key) for key in ("num_hidden_layers", "hidden_size"))
         same_seed = read_json(models[-1] / "training.json").get("seed") == seed
         if config.get("model_type") == "qwen3" and same_data and same_shape and same_seed:
-            found.append(run.parent)
-    return found
+            matches.append(run.parent)
+    return matches
 
 
 def read_json(path: Path) -> dict[str, Any]:

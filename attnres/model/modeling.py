@@ -26,12 +26,20 @@ from transformers.utils import can_return_tuple
 from attnres.depth.plan import DepthPlan
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.released import released_weights
-from attnres.model.routing import added, attach_read, init_read, open_block, read_parameters, route
+from attnres.model.routing import (
+    FINAL,
+    PREFIXES,
+    StoredRead,
+    added,
+    attach_read,
+    init_read,
+    open_block,
+    read_parameters,
+    route,
+    stored_read,
+)
 from attnres.model.state import DepthState, Edit, Observer, Trace
 from attnres.ops import ReadParameters
-
-# Name prefixes of the two reads of a layer, in the released checkpoints and ours.
-PREFIXES = ("attn", "mlp")
 
 
 @dataclass
@@ -138,7 +146,7 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
             for prefix in PREFIXES:
                 init_read(module, prefix, self.config)
         elif isinstance(module, Qwen3AttnResModel) and module.plan.has_final_read:
-            init_read(module, "final", self.config)
+            init_read(module, FINAL, self.config)
 
 
 class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
@@ -158,7 +166,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.plan.has_final_read:
-            attach_read(self, "final", config, self.plan, self.plan.reads[-1])
+            attach_read(self, FINAL, config, self.plan, self.plan.reads[-1])
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -196,15 +204,16 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         rotary = self.rotary_emb(inputs_embeds, position_ids)
-        reads = self.read_parameters()
+        stored = zip(self.stored_reads(), self.plan.reads, strict=True)
+        reads = tuple(read_parameters(parameters, read.num_sources) for parameters, read in stored)
         return Context(reads, rotary, mask, position_ids, past_key_values, edit, observe, attention_kwargs)
 
-    def read_parameters(self) -> tuple[ReadParameters, ...]:
-        """The parameters of all reads in order."""
-        owners = [(layer, prefix) for layer in self.layers for prefix in PREFIXES]
+    def stored_reads(self) -> tuple[StoredRead, ...]:
+        """The parameters of all reads, in the order of `plan.reads`."""
+        reads = [stored_read(layer, prefix) for layer in self.layers for prefix in PREFIXES]
         if self.plan.has_final_read:
-            owners.append((self, "final"))
-        return tuple(read_parameters(*owner, read) for owner, read in zip(owners, self.plan.reads, strict=True))
+            reads.append(stored_read(self, FINAL))
+        return tuple(reads)
 
     def step(self, state: DepthState, layer: int, context: Context) -> DepthState:
         """The state behind a layer."""
@@ -237,17 +246,14 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_routing: bool = False,
-        edit: Edit | None = None,
         observe: Observer | None = None,
-        **kwargs: Any,
+        **shared: Any,
     ) -> AttnResModelOutput:
-        """See `Qwen3AttnResForCausalLM.forward`."""
+        """See `Qwen3AttnResForCausalLM.forward`; `shared` is for `context`: masks, positions, edit."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -264,7 +270,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
 
         state = self.embed(inputs_embeds)
         observe = record if output_routing else observe
-        context = self.context(inputs_embeds, attention_mask, position_ids, past_key_values, edit, observe, **kwargs)
+        context = self.context(inputs_embeds, past_key_values=past_key_values, observe=observe, **shared)
         for layer in range(self.config.num_hidden_layers):
             state = self.step(state, layer, context)
         hidden = self.finish(state, context)

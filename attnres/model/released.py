@@ -1,49 +1,43 @@
-"""Weights as they lie on disk, and the two ways in which released checkpoints differ from ours."""
+"""How a checkpoint released by open-attention-residuals is recognised, and what it leaves unsaid.
 
+It is recognised by what it lacks. Its `config.json` has `model_type: qwen3_attnres` and names no `attnres_sources`: the
+convention follows from the tensors (`named_convention`), or is assumed where only the configuration is read
+(`Qwen3AttnResConfig.from_dict`). Its biases are tensors without dimensions, which ours never are (`released_weights`).
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from attnres.model.routing import is_final
+from attnres.model.weights import read_weights, weight_shapes
+
+# What released configurations may name, and the one value of each that this model computes.
+_COMPUTED = {"attnres_mode": "block", "attnres_gate_type": "bias"}
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder; empty if it has none."""
-    single = folder / SAFE_WEIGHTS_NAME
-    if single.is_file():
-        return [single]
-    return sorted(folder.glob("model-*-of-*.safetensors")) if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() else []
+def named_convention(stored: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """An AttnRes configuration with its source convention.
 
+    Args:
+        stored: the configuration; one that names no convention is a released one.
+        names: of the checkpoint's tensors. Only `seeded_block_sum` has a final read.
 
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every stored tensor, from the headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        with safetensors.safe_open(path, "pt") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    return shapes
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every stored tensor; the 0-d biases of released checkpoints become `[1]`, which FSDP2 can shard."""
-    weights: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        weights.update(load_file(path))
-    return {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in weights.items()}
+    Raises:
+        ValueError: it asks for another mode or gate than this model computes.
+    """
+    for key, known in _COMPUTED.items():
+        if stored.get(key, known) != known:
+            raise ValueError(f"{key}={stored[key]!r} is not supported, only {known!r}")
+    convention = "seeded_block_sum" if any(is_final(name) for name in names) else "cumulative"
+    return {"attnres_sources": convention, **stored}
 
 
 def released_weights(path: Any) -> dict[str, Tensor] | None:
-    """The weights of a local folder that stores 0-d biases; None for anything else."""
+    """The weights of a local folder with released biases, reshaped to ours; None for anything else."""
     folder = Path(str(path))
     if not folder.is_dir() or () not in weight_shapes(folder).values():
         return None
     return read_weights(folder)
-
-
-def released_convention(names: set[str]) -> str:
-    """Source convention of a checkpoint that names none: only `seeded_block_sum` has a final read."""
-    return "seeded_block_sum" if any(is_final(name) for name in names) else "cumulative"

@@ -1,7 +1,11 @@
-"""One read inside the model: its parameters under the released names, and the step from sources to sublayer input."""
+"""One read inside the model: the names of its parameters, and the step from sources to sublayer input.
+
+No other module spells a name of a routing parameter. The names are those of released checkpoints.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,10 @@ from attnres.depth.plan import DepthPlan, ReadPlan
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.state import DepthState, Edit, Observer, Site, Trace, VectorEdit
 from attnres.ops import ReadParameters
+
+# Name prefixes of the two reads of a layer, which own them, and of the final read, which the decoder owns.
+PREFIXES = ("attn", "mlp")
+FINAL = "final"
 
 
 def is_routing(name: str) -> bool:
@@ -33,7 +41,27 @@ def is_bias(name: str) -> bool:
 
 def is_final(name: str) -> bool:
     """Whether it belongs to the final read."""
-    return name.startswith("model.final_res_")
+    return name.startswith(f"model.{FINAL}_res_")
+
+
+class StoredRead(NamedTuple):
+    """The parameters of one read as a checkpoint stores them.
+
+    Attributes:
+        query: `w [1, D]`.
+        key_weight: `g [D]`.
+        bias: `[1]` of the newest source, or `[S]`.
+    """
+
+    query: nn.Parameter
+    key_weight: nn.Parameter
+    bias: nn.Parameter
+
+
+def stored_read(owner: nn.Module, prefix: str) -> StoredRead:
+    """The parameters of a read that `attach_read` has created."""
+    proj, norm = getattr(owner, f"{prefix}_res_proj"), getattr(owner, f"{prefix}_res_norm")
+    return StoredRead(proj.weight, norm.weight, getattr(owner, f"{prefix}_res_bias"))
 
 
 def attach_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig, plan: DepthPlan, read: ReadPlan) -> None:
@@ -57,21 +85,25 @@ def attach_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig, plan:
 
 def init_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig) -> None:
     """Start uniform: query zero, bias zero (the newest source's may be configured)."""
-    init.zeros_(getattr(owner, f"{prefix}_res_proj").weight)
-    init.ones_(getattr(owner, f"{prefix}_res_norm").weight)
-    bias = getattr(owner, f"{prefix}_res_bias")
-    start = torch.zeros_like(bias)
-    start[-1] = config.attnres_recency_bias_init
-    init.copy_(bias, start)
+    query, key_weight, bias = stored_read(owner, prefix)
+    init.zeros_(query)
+    init.ones_(key_weight)
+    init.copy_(bias, newest_alone(bias, config.attnres_recency_bias_init))
 
 
-def read_parameters(owner: nn.Module, prefix: str, read: ReadPlan) -> ReadParameters:
+def newest_alone(like: Tensor, value: float) -> Tensor:
+    """The bias of a read at its start: `value` on the newest source, zero on the others."""
+    bias = torch.zeros_like(like)
+    bias[-1] = value
+    return bias
+
+
+def read_parameters(stored: StoredRead, num_sources: int) -> ReadParameters:
     """The parameters of a read as `attnres.ops` takes them: the bias padded to one entry a source."""
-    bias = getattr(owner, f"{prefix}_res_bias")
-    if bias.shape[-1] != read.num_sources:
-        bias = F.pad(bias, (read.num_sources - 1, 0))
-    proj, norm = getattr(owner, f"{prefix}_res_proj"), getattr(owner, f"{prefix}_res_norm")
-    return ReadParameters(proj.weight.squeeze(0), norm.weight, bias)
+    bias: Tensor = stored.bias
+    if bias.shape[-1] != num_sources:
+        bias = F.pad(bias, (num_sources - 1, 0))
+    return ReadParameters(stored.query.squeeze(0), stored.key_weight, bias)
 
 
 def added(state: DepthState) -> Tensor | None:

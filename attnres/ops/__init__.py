@@ -158,9 +158,15 @@ def merge(
         dtype: of the normed output where there is no running state to take it from.
         backend: as in `depth_mix`.
     """
-    run = _select(backend, block.mixed[index]).merge
-    with _full_precision(block.mixed[index]):
-        return run(block, index, current, update, read, norm_weight, eps, norm_eps, dtype)
+    mixed = block.mixed[index]
+    run = _select(backend, mixed)
+    if current is None:
+        # The first output of a block is the running state.
+        current, update = update, None
+    with _full_precision(mixed):
+        if current is None:
+            return Merged(None, run.rms_norm(mixed, norm_weight, norm_eps).to(dtype), None)
+        return run.merge(block, index, current, update, read, norm_weight, eps, norm_eps)
 
 
 def log_weights(block: PreparedBlock, index: int, logit: Tensor | None) -> Tensor:

@@ -92,7 +92,7 @@ def _mix(weights: Tensor, values: Tensor) -> Tensor:
     return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights).unflatten(0, (tokens, reads))
 
 
-class _Inter(torch.autograd.Function):
+class _ReadBlock(torch.autograd.Function):
     """n finished sources x M queries -> logits, their log-sum-exp, M mixes.
 
     Logits live as `[n, N, M]` (N = B T): reductions over a handful of sources are then whole-vector operations.
@@ -264,27 +264,22 @@ def prepare_block(sources: Sequence[Tensor], reads: Sequence[ReadParameters], ep
         bias = torch.stack(rows, dim=-1).transpose(0, 1).unsqueeze(2)  # [n, B, 1, M]
     else:
         bias = torch.stack(rows, dim=-1)[:, None, None, :]  # [n, 1, 1, M]
-    logits, lse, *mixed = _Inter.apply(queries, bias, eps, *sources)
+    logits, lse, *mixed = _ReadBlock.apply(queries, bias, eps, *sources)
     return PreparedBlock(tuple(mixed), logits, lse)
 
 
 def merge(
     block: PreparedBlock,
     index: int,
-    current: Tensor | None,
+    current: Tensor,
     update: Tensor | None,
     read: ReadParameters,
     norm_weight: Tensor,
     eps: float,
     norm_eps: float,
-    dtype: torch.dtype,
 ) -> Merged:
-    """Plain-torch backend of `attnres.ops.merge`."""
+    """Plain-torch backend of `attnres.ops.merge` where there is a running state."""
     mixed = block.mixed[index]
-    if current is None:
-        current, update = update, None
-    if current is None:
-        return Merged(None, rms_norm(mixed, norm_weight, norm_eps).to(dtype), None)
     n = block.logits.shape[-1]
     bias = mixed.new_zeros(1) if read.bias is None else read.bias[..., n:].to(mixed.dtype)  # [1] or [B, 1]
     args = (current, update, mixed, block.lse[..., index], _folded(read, mixed.dtype), bias)

@@ -1,7 +1,7 @@
 """The read in fused Triton kernels: the same block-wise form as `batched.py`, two-phase, deterministic.
 
-`prepare_block` runs `inter` (or `read`, for one query or more sources than stay on chip), `merge` runs `merge_add` or
-`norm`. Unlike `batched.py`, `PreparedBlock.mixed` is in the sources' dtype: 2 bytes an element move instead of 4.
+`prepare_block` runs `read_block` (or `read`, for one query or more sources than stay on chip), `merge` runs `merge_add`
+or `norm`. Unlike `batched.py`, `PreparedBlock.mixed` is in the sources' dtype: 2 bytes an element move instead of 4.
 Arithmetic is fp32 throughout.
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from attnres.ops.batched import Merged, PreparedBlock, ReadParameters
+from attnres.ops.triton_block import fits, max_queries, read_block
 from attnres.ops.triton_common import interpreted
-from attnres.ops.triton_inter import fits, inter, max_queries
 from attnres.ops.triton_merge import merge_add, norm
 from attnres.ops.triton_read import read
 
@@ -61,7 +61,7 @@ def prepare_block(sources: Sequence[Tensor], reads: Sequence[ReadParameters], ep
     for k in range(launches):
         some = reads[k * len(reads) // launches : (k + 1) * len(reads) // launches]
         queries = torch.stack([_folded(one) for one in some])
-        logits, lse, _, *mixes = inter(sources, queries, _bias(some, n, batch), eps)
+        logits, lse, _, *mixes = read_block(sources, queries, _bias(some, n, batch), eps)
         blocks.append(PreparedBlock(tuple(mixes), logits, lse))
     return _joined(blocks)
 
@@ -74,23 +74,23 @@ def _joined(blocks: Sequence[PreparedBlock]) -> PreparedBlock:
     return PreparedBlock(mixed, logits, torch.cat([block.lse for block in blocks], dim=-1))
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x * rstd(x) * weight` in the dtype of x."""
+    return norm(x, weight.float(), eps)[0]
+
+
 def merge(
     block: PreparedBlock,
     index: int,
-    current: Tensor | None,
+    current: Tensor,
     update: Tensor | None,
     read: ReadParameters,
     norm_weight: Tensor,
     eps: float,
     norm_eps: float,
-    dtype: torch.dtype,
 ) -> Merged:
-    """Triton backend of `attnres.ops.merge`."""
+    """Triton backend of `attnres.ops.merge` where there is a running state."""
     mixed = block.mixed[index]
-    if current is None:
-        current, update = update, None
-    if current is None:
-        return Merged(None, norm(mixed, norm_weight.float(), norm_eps)[0].to(dtype), None)
     if update is not None and update.dtype != current.dtype:
         common = torch.promote_types(current.dtype, update.dtype)
         current, update = current.to(common), update.to(common)

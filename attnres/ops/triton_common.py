@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -78,32 +79,39 @@ def inverse_or_zero(x):
 
 @dataclass(frozen=True)
 class Launch:
-    """Shape of a launch: compile-time tile sizes and warps.
+    """Shape of a launch: what it covers, compile-time tile sizes and warps.
 
     Attributes:
+        tokens: N, rows of the tensors.
+        width: D, elements of a row.
         block_t: tokens per tile.
         block_d: width of a tile, a power of two.
         warps: warps per program.
     """
 
+    tokens: int
+    width: int
     block_t: int
     block_d: int
     warps: int
 
     @classmethod
-    def of(cls, tokens: int, width: int, elements_per_warp: int) -> "Launch":
-        """For `tokens` rows of `width` elements, of which one warp takes `elements_per_warp`."""
-        block_d = triton.next_power_of_2(width)
+    def over(cls, like: Tensor, elements_per_warp: int) -> "Launch":
+        """Over the rows of a tensor `[..., D]`; one warp takes so many elements of a row."""
+        width = like.shape[-1]
+        tokens, block_d = like.numel() // width, triton.next_power_of_2(width)
         block_t = min(INTERPRETED_TOKENS, triton.next_power_of_2(max(tokens, 1))) if interpreted() else 1
-        return cls(block_t, block_d, max(1, min(16, block_d // elements_per_warp)))
+        return cls(tokens, width, block_t, block_d, max(1, min(16, block_d // elements_per_warp)))
 
-    def blocks(self, tokens: int) -> int:
-        """Tiles that cover `tokens`."""
-        return triton.cdiv(tokens, self.block_t)
+    @property
+    def tiles(self) -> int:
+        """Tiles that cover the tokens."""
+        return triton.cdiv(self.tokens, self.block_t)
 
-    def constants(self, width: int) -> dict[str, int]:
+    @property
+    def constants(self) -> dict[str, int]:
         """The keyword arguments that every kernel takes."""
-        return {"D": width, "BLOCK_D": self.block_d, "BLOCK_T": self.block_t, "num_warps": self.warps}
+        return {"D": self.width, "BLOCK_D": self.block_d, "BLOCK_T": self.block_t, "num_warps": self.warps}
 
 
 def interpreted() -> bool:
@@ -119,6 +127,27 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 def rows(tensor: Tensor) -> Tensor:
     """`[..., D] -> [N, D]`, contiguous, as the kernels address it: a copy only of what is not contiguous."""
     return tensor.contiguous().view(-1, tensor.shape[-1])
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as the kernels address it, where there is one."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def empty(like: Tensor) -> Tensor:
+    """A contiguous tensor of the shape of another, to be written by a kernel."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def empty_gradients(
+    sources: list[Tensor], query: Tensor, bias: Tensor | None, *saved_and_incoming: Any
+) -> list[Tensor]:
+    """What the backward passes of reads over sources return, unwritten; takes their arguments.
+
+    The last argument, `needs_bias`, says whether the gradient of the bias is among them.
+    """
+    biases = [bias] if saved_and_incoming[-1] and bias is not None else []
+    return [empty(x) for x in (query, *biases, *sources)]
 
 
 def bias_gradient(d_scores: Tensor, bias: Tensor, batch: int) -> Tensor:

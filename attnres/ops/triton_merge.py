@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnres.ops.triton_common import Launch, bias_gradient, on_device
+from attnres.ops.triton_common import Launch, bias_gradient, contiguous, empty, on_device
 from attnres.ops.triton_read import PROGRAMS
 
 
@@ -141,14 +141,8 @@ def merge_backward_kernel(
         tl.store(d_query + program * D + d, partial_w, mask=d < D)
 
 
-def _launch(mixed: Tensor) -> tuple[Launch, int]:
-    width = mixed.shape[-1]
-    tokens = mixed.numel() // width
-    return Launch.of(tokens, width, elements_per_warp=256), tokens
-
-
-def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+def _launch(mixed: Tensor) -> Launch:
+    return Launch.over(mixed, elements_per_warp=256)
 
 
 @torch.library.custom_op("attnres::merge_add", mutates_args=())
@@ -181,15 +175,15 @@ def merge_add(
         and `RMSNorm(h)` `[B, T, D]` in the state's dtype, the state's logit `[B, T]` in fp32, and what the backward
         pass needs of every token. All but the last are differentiable.
     """
-    out = _merge_fake(current, update, mixed, lse, query, bias, norm_weight, eps, norm_eps)
-    launch, tokens = _launch(mixed)
-    if tokens == 0:
+    out = _empty_merge(current, update, mixed, lse)
+    launch = _launch(mixed)
+    if launch.tokens == 0:
         return out
     column = lse.reshape(-1)
     with on_device(mixed):
-        merge_forward_kernel[(launch.blocks(tokens),)](
+        merge_forward_kernel[(launch.tiles,)](
             current.contiguous(),
-            None if update is None else update.contiguous(),
+            contiguous(update),
             mixed.contiguous(),
             column,
             column.stride(0),
@@ -198,29 +192,20 @@ def merge_add(
             bias.stride(0) if bias is not None and bias.ndim == 2 else 0,
             norm_weight.contiguous(),
             *out,
-            tokens,
+            launch.tokens,
             lse.shape[1],
             eps,
             norm_eps,
-            **launch.constants(mixed.shape[-1]),
+            **launch.constants,
         )
     return out
 
 
 @merge_add.register_fake
-def _merge_fake(
-    current: Tensor,
-    update: Tensor | None,
-    mixed: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    norm_eps: float,
+def _empty_merge(
+    current: Tensor, update: Tensor | None, mixed: Tensor, lse: Tensor, *parameters: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logit = lse.new_empty(lse.shape)
-    return _empty(current), _empty(current), logit, lse.new_empty((*lse.shape, 4))
+    return empty(current), empty(current), lse.new_empty(lse.shape), lse.new_empty((*lse.shape, 4))
 
 
 @torch.library.custom_op("attnres::merge_add_backward", mutates_args=())
@@ -237,13 +222,13 @@ def merge_add_backward(
     needs_bias: bool,
 ) -> list[Tensor]:
     """Gradients of the old state (and of the update), mix, lse, query, norm weight, bias (only if `needs_bias`)."""
-    d_current, d_mixed, d_lse, d_query, d_norm_weight, *d_bias = out = _merge_backward_fake(
-        state, mixed, query, bias, norm_weight, stats, d_state, d_normed, d_logit, needs_bias
+    d_current, d_mixed, d_lse, d_query, d_norm_weight, *d_bias = out = _empty_gradients(
+        state, mixed, query, bias, norm_weight, stats, needs_bias
     )
-    launch, tokens = _launch(mixed)
-    if tokens == 0:
+    launch = _launch(mixed)
+    if launch.tokens == 0:
         return [x.zero_() for x in out]
-    programs = min(launch.blocks(tokens), PROGRAMS)
+    programs = min(launch.tiles, PROGRAMS)
     partial = d_query.new_empty((2, programs, query.shape[0]))
     d_scores = torch.empty_like(d_lse) if needs_bias else None
     with on_device(mixed):
@@ -253,19 +238,19 @@ def merge_add_backward(
             query.contiguous(),
             norm_weight.contiguous(),
             stats,
-            None if d_state is None else d_state.contiguous(),
+            contiguous(d_state),
             d_normed.contiguous(),
-            None if d_logit is None else d_logit.contiguous(),
+            contiguous(d_logit),
             d_current,
             d_mixed,
             d_lse,
             d_scores,
             partial[0],
             partial[1],
-            tokens,
-            triton.cdiv(launch.blocks(tokens), programs),
+            launch.tokens,
+            triton.cdiv(launch.tiles, programs),
             programs,
-            **launch.constants(mixed.shape[-1]),
+            **launch.constants,
         )
     torch.sum(partial[0], 0, out=d_query)
     torch.sum(partial[1], 0, out=d_norm_weight)
@@ -275,27 +260,18 @@ def merge_add_backward(
 
 
 @merge_add_backward.register_fake
-def _merge_backward_fake(
+def _empty_gradients(
     state: Tensor,
     mixed: Tensor,
     query: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor,
     stats: Tensor,
-    d_state: Tensor | None,
-    d_normed: Tensor,
-    d_logit: Tensor | None,
-    needs_bias: bool,
+    *incoming_and_needs_bias: Any,
 ) -> list[Tensor]:
-    d_bias = [_empty(bias)] if needs_bias and bias is not None else []
-    return [
-        _empty(state),
-        _empty(mixed),
-        stats.new_empty(stats.shape[:-1]),
-        _empty(query),
-        _empty(norm_weight),
-        *d_bias,
-    ]
+    d_lse = stats.new_empty(stats.shape[:-1])
+    d_bias = [empty(bias)] if incoming_and_needs_bias[-1] and bias is not None else []
+    return [empty(state), empty(mixed), d_lse, empty(query), empty(norm_weight), *d_bias]
 
 
 def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -334,11 +310,11 @@ merge_add.register_autograd(_backward_merge, setup_context=_setup_merge)
 @torch.library.custom_op("attnres::norm", mutates_args=())
 def norm(mixed: Tensor, norm_weight: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
     """A read without a running state: `RMSNorm(mixed)` `[B, T, D]`, and what the backward pass needs."""
-    normed, stats = _norm_fake(mixed, norm_weight, norm_eps)
-    launch, tokens = _launch(mixed)
-    if tokens:
+    normed, stats = _empty_norm(mixed)
+    launch = _launch(mixed)
+    if launch.tokens:
         with on_device(mixed):
-            merge_forward_kernel[(launch.blocks(tokens),)](
+            merge_forward_kernel[(launch.tiles,)](
                 current=None,
                 update=None,
                 mixed=mixed.contiguous(),
@@ -352,28 +328,28 @@ def norm(mixed: Tensor, norm_weight: Tensor, norm_eps: float) -> tuple[Tensor, T
                 normed=normed,
                 logits=None,
                 stats=stats,
-                tokens=tokens,
+                tokens=launch.tokens,
                 tokens_per_row=None,
                 eps=None,
                 norm_eps=norm_eps,
-                **launch.constants(mixed.shape[-1]),
+                **launch.constants,
             )
     return normed, stats
 
 
 @norm.register_fake
-def _norm_fake(mixed: Tensor, norm_weight: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
-    return _empty(mixed), mixed.new_empty((*mixed.shape[:-1], 4), dtype=torch.float32)
+def _empty_norm(mixed: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+    return empty(mixed), mixed.new_empty((*mixed.shape[:-1], 4), dtype=torch.float32)
 
 
 @torch.library.custom_op("attnres::norm_backward", mutates_args=())
 def norm_backward(mixed: Tensor, norm_weight: Tensor, stats: Tensor, d_normed: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the mix and of the norm weight."""
-    d_mixed, d_norm_weight = _norm_backward_fake(mixed, norm_weight, stats, d_normed)
-    launch, tokens = _launch(mixed)
-    if tokens == 0:
+    d_mixed, d_norm_weight = _empty_norm_gradients(mixed, norm_weight)
+    launch = _launch(mixed)
+    if launch.tokens == 0:
         return d_mixed, d_norm_weight.zero_()
-    programs = min(launch.blocks(tokens), PROGRAMS)
+    programs = min(launch.tiles, PROGRAMS)
     partial = d_norm_weight.new_empty((programs, norm_weight.shape[0]))
     with on_device(mixed):
         merge_backward_kernel[(programs,)](
@@ -391,18 +367,18 @@ def norm_backward(mixed: Tensor, norm_weight: Tensor, stats: Tensor, d_normed: T
             d_scores=None,
             d_query=None,
             d_norm_weight=partial,
-            tokens=tokens,
-            steps=triton.cdiv(launch.blocks(tokens), programs),
+            tokens=launch.tokens,
+            steps=triton.cdiv(launch.tiles, programs),
             programs=programs,
-            **launch.constants(mixed.shape[-1]),
+            **launch.constants,
         )
     torch.sum(partial, 0, out=d_norm_weight)
     return d_mixed, d_norm_weight
 
 
 @norm_backward.register_fake
-def _norm_backward_fake(mixed: Tensor, norm_weight: Tensor, stats: Tensor, d_normed: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(mixed), _empty(norm_weight)
+def _empty_norm_gradients(mixed: Tensor, norm_weight: Tensor, *incoming: Any) -> tuple[Tensor, Tensor]:
+    return empty(mixed), empty(norm_weight)
 
 
 def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

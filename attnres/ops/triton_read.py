@@ -14,6 +14,9 @@ from torch import Tensor
 from attnres.ops.triton_common import (
     Launch,
     bias_gradient,
+    contiguous,
+    empty,
+    empty_gradients,
     finite_or_zero,
     inverse_or_zero,
     log_or_minus_inf,
@@ -172,11 +175,13 @@ def read_backward_kernel(
     tl.store(d_query + program * D + d, partial, mask=d < D)
 
 
-def _launch(sources: list[Tensor]) -> tuple[Launch, int, int, bool]:
-    width = sources[0].shape[-1]
-    tokens = sources[0].numel() // width
-    launch = Launch.of(tokens, width, elements_per_warp=256)
-    return launch, tokens, width, launch.block_d * len(sources) <= RESIDENT_ELEMENTS
+def _launch(sources: list[Tensor]) -> Launch:
+    return Launch.over(sources[0], elements_per_warp=256)
+
+
+def _constants(sources: list[Tensor], launch: Launch) -> dict[str, int]:
+    resident = launch.block_d * len(sources) <= RESIDENT_ELEMENTS
+    return {"S": len(sources), "RESIDENT": resident} | launch.constants
 
 
 def _bias_stride(bias: Tensor | None) -> int:
@@ -199,38 +204,34 @@ def read(
         Mix `[B, T, D]` in the sources' dtype; logits `[B, T, S]`, their log-sum-exp `[B, T]` and the keys' `rstd`
         `[B, T, S]` in fp32. All but the last are differentiable.
     """
-    mixed, logits, lse, rstd = _read_fake(sources, query, bias, eps)
-    launch, tokens, width, resident = _launch(sources)
-    if tokens == 0:
+    mixed, logits, lse, rstd = _empty_read(sources)
+    launch = _launch(sources)
+    if launch.tokens == 0:
         return mixed, logits, lse, rstd
     with on_device(mixed):
-        read_forward_kernel[(launch.blocks(tokens),)](
+        read_forward_kernel[(launch.tiles,)](
             tuple(rows(source) for source in sources),
             query.contiguous(),
-            None if bias is None else bias.contiguous(),
+            contiguous(bias),
             mixed,
             logits,
             lse,
             rstd,
-            tokens,
+            launch.tokens,
             mixed.shape[1],
             _bias_stride(bias),
             eps,
-            S=len(sources),
-            RESIDENT=resident,
-            **launch.constants(width),
+            **_constants(sources, launch),
         )
     return mixed, logits, lse, rstd
 
 
 @read.register_fake
-def _read_fake(
-    sources: list[Tensor], query: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_read(sources: list[Tensor], *parameters: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, time, _ = sources[0].shape
-    mixed = torch.empty_like(sources[0], memory_format=torch.contiguous_format)
+    mixed = empty(sources[0])
     logits = mixed.new_empty((batch, time, len(sources)), dtype=torch.float32)
-    return mixed, logits, logits.new_empty((batch, time)), torch.empty_like(logits)
+    return mixed, logits, logits.new_empty((batch, time)), empty(logits)
 
 
 @torch.library.custom_op("attnres::read_backward", mutates_args=())
@@ -247,39 +248,33 @@ def read_backward(
     needs_bias: bool,
 ) -> list[Tensor]:
     """Gradients of the query, of the bias (only if `needs_bias`) and of every source."""
-    (
-        d_query,
-        *_,
-    ) = out = _read_backward_fake(sources, query, bias, logits, lse, rstd, d_mixed, d_logits, d_lse, needs_bias)
-    launch, tokens, width, resident = _launch(sources)
-    if tokens == 0:
+    d_query, *d_sources = out = empty_gradients(sources, query, bias, needs_bias)
+    launch = _launch(sources)
+    if launch.tokens == 0:
         return [x.zero_() for x in out]
-    programs = min(launch.blocks(tokens), PROGRAMS)
-    partial = d_query.new_empty((programs, width))
+    programs = min(launch.tiles, PROGRAMS)
+    partial = d_query.new_empty((programs, launch.width))
     d_scores = torch.empty_like(logits) if needs_bias else None
-    d_sources = out[1 + needs_bias :]
     with on_device(d_mixed):
         read_backward_kernel[(programs,)](
             tuple(rows(source) for source in sources),
-            tuple(d_sources),
+            tuple(d_sources[needs_bias:]),
             query.contiguous(),
-            None if bias is None else bias.contiguous(),
+            contiguous(bias),
             logits,
             lse,
             rstd,
             d_mixed.contiguous(),
-            None if d_logits is None else d_logits.contiguous(),
-            None if d_lse is None else d_lse.contiguous(),
+            contiguous(d_logits),
+            contiguous(d_lse),
             d_scores,
             partial,
-            tokens,
+            launch.tokens,
             logits.shape[1],
             _bias_stride(bias),
-            triton.cdiv(launch.blocks(tokens), programs),
+            triton.cdiv(launch.tiles, programs),
             programs,
-            S=len(sources),
-            RESIDENT=resident,
-            **launch.constants(width),
+            **_constants(sources, launch),
         )
     torch.sum(partial, 0, out=d_query)
     if d_scores is not None and bias is not None:
@@ -287,22 +282,7 @@ def read_backward(
     return out
 
 
-@read_backward.register_fake
-def _read_backward_fake(
-    sources: list[Tensor],
-    query: Tensor,
-    bias: Tensor | None,
-    logits: Tensor,
-    lse: Tensor,
-    rstd: Tensor,
-    d_mixed: Tensor,
-    d_logits: Tensor | None,
-    d_lse: Tensor | None,
-    needs_bias: bool,
-) -> list[Tensor]:
-    d_sources = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
-    d_bias = [torch.empty_like(bias)] if needs_bias and bias is not None else []
-    return [torch.empty_like(query, memory_format=torch.contiguous_format), *d_bias, *d_sources]
+read_backward.register_fake(empty_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

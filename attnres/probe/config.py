@@ -17,7 +17,7 @@ class ProbeConfig:
     """One probe.
 
     Attributes:
-        ckpt: what is probed; see `attnres.model.loading.model_folder`. A run may be named without its hash.
+        ckpt: what is probed; see `attnres.model.locate.model_folder`. A run may be named without its hash.
         baseline: a vanilla Qwen3, or None to look for the matching run beside the checkpoint.
         controls: further AttnRes checkpoints to probe and to compare with, by name, or a list of them that go by the
             names of their experiments.

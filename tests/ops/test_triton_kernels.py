@@ -192,10 +192,10 @@ def test_prepare_block_on_triton_with_a_full_block_matches_fp64(bias, device, po
 @pytest.mark.parametrize(("finished", "tile"), [(3, 1), (17, 4)])
 def test_triton_backend_with_many_tokens_a_program_matches_fp64(finished, tile, device, poison, monkeypatch):
     """So few programs that each walks over several tiles, the last ones past the end; one token a tile as on a GPU."""
-    from attnres.ops import triton_common, triton_inter, triton_merge, triton_read
+    from attnres.ops import triton_block, triton_common, triton_merge, triton_read
 
     monkeypatch.setattr(triton_common, "INTERPRETED_TOKENS", tile)
-    for module in (triton_inter, triton_merge, triton_read):
+    for module in (triton_block, triton_merge, triton_read):
         monkeypatch.setattr(module, "PROGRAMS", 3)
     # 17 sources of 1000 do not stay on chip: every tile is read again.
     judge_chain(Draw(device, torch.bfloat16), finished, 2, 1000, "per row", seeded=True)
@@ -295,7 +295,7 @@ def test_auto_takes_triton_on_cuda_only(device):
     assert ops._select("triton", torch.zeros(1, 1, 8, device=device)) is triton_backend
 
 
-@pytest.mark.parametrize("name", ["prepare_block", "merge"])
+@pytest.mark.parametrize("name", ["prepare_block", "merge", "rms_norm"])
 def test_backends_share_a_signature(name):
     from attnres.ops import triton_backend
 

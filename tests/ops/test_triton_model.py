@@ -139,7 +139,7 @@ def test_model_layer_on_triton_compiles_without_graph_breaks(device):
     torch.testing.assert_close(compiled.update, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["read", "inter", "merge_add", "norm"])
+@pytest.mark.parametrize("name", ["read", "read_block", "merge_add", "norm"])
 def test_triton_ops_pass_opcheck(name, device):
     """Schema, fake kernel and autograd registration, by torch's own checks."""
     from attnres.ops import triton_backend
@@ -148,7 +148,7 @@ def test_triton_ops_pass_opcheck(name, device):
     lse = torch.randn(2, 5, device=device, requires_grad=True)
     cases = {
         "read": (sources, read.query, read.bias[:, :3].detach(), 1e-6),
-        "inter": (sources, torch.stack([read.query, norm]).detach().requires_grad_(), None, 1e-6),
+        "read_block": (sources, torch.stack([read.query, norm]).detach().requires_grad_(), None, 1e-6),
         "merge_add": (sources[0], sources[1], sources[2], lse, read.query, read.bias[:, 3:].detach(), norm, 1e-6, 1e-6),
         "norm": (sources[0], norm, 1e-6),
     }

@@ -15,6 +15,9 @@ from torch import Tensor
 from attnres.ops.triton_common import (
     Launch,
     bias_gradient,
+    contiguous,
+    empty,
+    empty_gradients,
     finite_or_zero,
     inverse_or_zero,
     log_or_minus_inf,
@@ -39,7 +42,7 @@ PROGRAMS = 528
 
 
 @triton.jit
-def inter_forward_kernel(
+def block_forward_kernel(
     sources,
     mixed,
     queries,
@@ -92,7 +95,7 @@ def inter_forward_kernel(
 
 
 @triton.jit
-def inter_backward_kernel(
+def block_backward_kernel(
     sources,
     d_sources,
     d_mixed,
@@ -196,21 +199,19 @@ def max_queries(num_sources: int, width: int, device: torch.device) -> int:
 def _constants(sources: list[Tensor], queries: Tensor, launch: Launch) -> dict[str, int]:
     packed = triton.next_power_of_2(len(sources))
     counts = {"N": len(sources), "M": queries.shape[0], "WIDTH": packed, "LEVELS": packed.bit_length() - 1}
-    return counts | launch.constants(sources[0].shape[-1])
+    return counts | launch.constants
 
 
-def _launch(sources: list[Tensor]) -> tuple[Launch, int]:
-    width = sources[0].shape[-1]
-    tokens = sources[0].numel() // width
-    return Launch.of(tokens, width, elements_per_warp=128), tokens
+def _launch(sources: list[Tensor]) -> Launch:
+    return Launch.over(sources[0], elements_per_warp=128)
 
 
 def _bias_stride(bias: Tensor | None) -> int:
     return bias.shape[-1] * bias.shape[-2] if bias is not None and bias.ndim == 3 else 0
 
 
-@torch.library.custom_op("attnres::inter", mutates_args=())
-def inter(sources: list[Tensor], queries: Tensor, bias: Tensor | None, eps: float) -> list[Tensor]:
+@torch.library.custom_op("attnres::read_block", mutates_args=())
+def read_block(sources: list[Tensor], queries: Tensor, bias: Tensor | None, eps: float) -> list[Tensor]:
     """M reads over the same n sources.
 
     Args:
@@ -223,21 +224,21 @@ def inter(sources: list[Tensor], queries: Tensor, bias: Tensor | None, eps: floa
         Logits `[B, T, M, n]`, their log-sum-exp `[B, T, M]` and the keys' `rstd` `[B, T, n]` in fp32, then M mixes
         `[B, T, D]` in the sources' dtype. All but `rstd` are differentiable.
     """
-    out = _inter_fake(sources, queries, bias, eps)
+    out = _empty_block(sources, queries)
     logits, lse, rstd, *mixed = out
-    launch, tokens = _launch(sources)
-    if tokens == 0:
+    launch = _launch(sources)
+    if launch.tokens == 0:
         return out
     with on_device(lse):
-        inter_forward_kernel[(launch.blocks(tokens),)](
+        block_forward_kernel[(launch.tiles,)](
             tuple(rows(source) for source in sources),
             tuple(mixed),
             queries.contiguous(),
-            None if bias is None else bias.contiguous(),
+            contiguous(bias),
             logits,
             lse,
             rstd,
-            tokens,
+            launch.tokens,
             lse.shape[1],
             _bias_stride(bias),
             eps,
@@ -246,16 +247,16 @@ def inter(sources: list[Tensor], queries: Tensor, bias: Tensor | None, eps: floa
     return out
 
 
-@inter.register_fake
-def _inter_fake(sources: list[Tensor], queries: Tensor, bias: Tensor | None, eps: float) -> list[Tensor]:
+@read_block.register_fake
+def _empty_block(sources: list[Tensor], queries: Tensor, *parameters: Any) -> list[Tensor]:
     (batch, time, _), n, m = sources[0].shape, len(sources), queries.shape[0]
     lse = sources[0].new_empty((batch, time, m), dtype=torch.float32)
-    mixed = [torch.empty_like(sources[0], memory_format=torch.contiguous_format) for _ in range(m)]
+    mixed = [empty(sources[0]) for _ in range(m)]
     return [lse.new_empty((batch, time, m, n)), lse, lse.new_empty((batch, time, n)), *mixed]
 
 
-@torch.library.custom_op("attnres::inter_backward", mutates_args=())
-def inter_backward(
+@torch.library.custom_op("attnres::read_block_backward", mutates_args=())
+def read_block_backward(
     sources: list[Tensor],
     queries: Tensor,
     bias: Tensor | None,
@@ -268,17 +269,15 @@ def inter_backward(
     needs_bias: bool,
 ) -> list[Tensor]:
     """Gradients of the queries, of the bias (only if `needs_bias`) and of every source."""
-    d_queries, *_ = out = _inter_backward_fake(
-        sources, queries, bias, logits, lse, rstd, d_mixed, d_logits, d_lse, needs_bias
-    )
-    launch, tokens = _launch(sources)
-    if tokens == 0:
+    d_queries, *_ = out = empty_gradients(sources, queries, bias, needs_bias)
+    launch = _launch(sources)
+    if launch.tokens == 0:
         return [x.zero_() for x in out]
-    programs = min(launch.blocks(tokens), PROGRAMS)
+    programs = min(launch.tiles, PROGRAMS)
     partial = d_queries.new_empty((programs, *queries.shape))
     d_scores = torch.empty_like(logits) if needs_bias else None
     with on_device(lse):
-        inter_backward_kernel[(programs,)](
+        block_backward_kernel[(programs,)](
             tuple(rows(source) for source in sources),
             tuple(out[1 + needs_bias :]),
             tuple(rows(d) for d in d_mixed),
@@ -286,12 +285,12 @@ def inter_backward(
             logits,
             lse,
             rstd,
-            None if d_logits is None else d_logits.contiguous(),
-            None if d_lse is None else d_lse.contiguous(),
+            contiguous(d_logits),
+            contiguous(d_lse),
             d_scores,
             partial,
-            tokens,
-            triton.cdiv(launch.blocks(tokens), programs),
+            launch.tokens,
+            triton.cdiv(launch.tiles, programs),
             programs,
             **_constants(sources, queries, launch),
         )
@@ -301,21 +300,7 @@ def inter_backward(
     return out
 
 
-@inter_backward.register_fake
-def _inter_backward_fake(
-    sources: list[Tensor],
-    queries: Tensor,
-    bias: Tensor | None,
-    logits: Tensor,
-    lse: Tensor,
-    rstd: Tensor,
-    d_mixed: list[Tensor],
-    d_logits: Tensor | None,
-    d_lse: Tensor | None,
-    needs_bias: bool,
-) -> list[Tensor]:
-    parameters = [queries, *([bias] if needs_bias and bias is not None else [])]
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*parameters, *sources)]
+read_block_backward.register_fake(empty_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -334,9 +319,11 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     d_logits, d_lse, _, *d_mixed = grads
     given = [torch.zeros_like(sources[0]) if d is None else d for d in d_mixed]
     needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-    d_queries, *rest = inter_backward(sources, queries, bias, logits, lse, rstd, given, d_logits, d_lse, needs_bias)
+    d_queries, *rest = read_block_backward(
+        sources, queries, bias, logits, lse, rstd, given, d_logits, d_lse, needs_bias
+    )
     d_bias = rest.pop(0) if needs_bias else None
     return rest, d_queries, d_bias, None
 
 
-inter.register_autograd(_backward, setup_context=_setup)
+read_block.register_autograd(_backward, setup_context=_setup)
