@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attnres.config import require, to_plain
 from attnres.data import DataConfig
 
-Loss = Literal["auto", "plain", "chunked", "torch", "liger", "cce"]
+Loss = Literal["auto", "plain", "chunked", "torch"]
 
 # Keys that say where and how a run executes, or how often it is saved and logged, not what it computes. A run
 # that is requeued on other hardware, or restarted with a different micro-batch, must find its own folder, so
