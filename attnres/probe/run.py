@@ -38,7 +38,6 @@ from attnres.probe.passes import Subject
 from attnres.probe.pieces import Parts
 from attnres.probe.runner import (
     Execution,
-    Ranks,
     Split,
     Tables,
     eligibility_table,
@@ -50,6 +49,7 @@ from attnres.probe.runner import (
 from attnres.probe.subjects import further_subjects, locate_controls
 from attnres.probe.token_viewer import write_viewer
 from attnres.processes.memory import out_of_memory
+from attnres.processes.ranks import Ranks
 from attnres.processes.signals import StopSignals
 from attnres.report.report import write_report
 

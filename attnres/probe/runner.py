@@ -5,25 +5,21 @@ distributed run, and what is finished is kept in `attnres.probe.pieces`. The tab
 the same whether a run was interrupted or shared.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from attnres import faults
 from attnres.data import ProbeWindows
 from attnres.depth.families import FAMILIES, Cell, grid
 from attnres.depth.plan import DepthPlan
-from attnres.errors import AttnResError, ConfigError, NumericsError, StorageError
+from attnres.errors import NumericsError, StorageError
 from attnres.interventions.donors import Pilot, donors, noise, reads_of, unavailable
 from attnres.interventions.ids import DONOR_KINDS, Materials, Spec
 from attnres.model.state import Trace
@@ -31,14 +27,13 @@ from attnres.probe.measure import Effects
 from attnres.probe.observations import MassObserver, RoutingSums, routing_means, routing_table
 from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited, run_rows, run_through
 from attnres.probe.pieces import Key, Parts
+from attnres.processes.ranks import Ranks
 
 Split = Literal["pilot", "confirm"]
 # The parts that come from a clean run.
 OBSERVED = ("mass", "routing", "clean")
 # Finished cells are written together if they come faster than this.
 _SECONDS_BETWEEN_PARTS = 1.0
-# A process that has finished its batches waits this long for the others.
-_PATIENCE = timedelta(hours=24)
 # Where cells share a pass: most tokens of it, and most bytes of its logits.
 _MOST_TOKENS, _MOST_LOGITS = 2**15, 2**31
 
@@ -55,56 +50,6 @@ class Tables:
     routing: pd.DataFrame
     clean: pd.DataFrame
     attribution: pd.DataFrame = field(default_factory=pd.DataFrame)
-
-
-class Ranks:
-    """The processes that share a probe; one by default. The first of them writes what is not a part."""
-
-    def __init__(self, fabric: Fabric | None = None) -> None:
-        self._fabric = fabric
-        self.rank = 0 if fabric is None else fabric.global_rank
-        self.size = 1 if fabric is None else fabric.world_size
-
-    @classmethod
-    def launch(cls, devices: int, accelerator: str) -> "Ranks":
-        """As many processes as there are devices, unless torchrun has started them already.
-
-        Raises:
-            ConfigError: the machine does not have so many.
-        """
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if devices == started == 1:
-            return cls()
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
-        try:
-            fabric = Fabric(
-                accelerator=accelerator,
-                devices=here,
-                num_nodes=max(1, started // here),
-                strategy=DDPStrategy(timeout=_PATIENCE),
-            )
-            fabric.launch()
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"devices={devices}: {' '.join(str(error).split())}") from error
-        return cls(fabric)
-
-    @property
-    def device(self) -> torch.device | None:
-        """The device of this process; None where it is alone and free to choose."""
-        return None if self._fabric is None else self._fabric.device
-
-    def agree(self, error: AttnResError | None = None) -> None:
-        """Waits for all processes, and raises in each of them the error of the first that has one."""
-        if self._fabric is None:
-            if error is not None:
-                raise error
-            return
-        mine = torch.tensor(float(self.size if error is None else self.rank), device=self._fabric.device)
-        first = int(self._fabric.all_reduce(mine, reduce_op="min"))  # type: ignore[arg-type]
-        if first < self.size:
-            told = self._fabric.broadcast(error, src=first)
-            assert told is not None
-            raise told
 
 
 @dataclass(frozen=True)

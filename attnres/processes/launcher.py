@@ -22,7 +22,7 @@ def launched_by_lightning() -> bool:
 
 
 def lost_message(gone: list[int]) -> str:
-    """What is told of ranks that died: their numbers, and that the same command resumes."""
+    """The message about ranks that died: their numbers, and that the same command resumes."""
     which = f"rank {', '.join(map(str, gone))} died" if gone else "another rank died or cannot be reached"
     return f"{which}; the same command resumes from the last checkpoint"
 
@@ -35,10 +35,10 @@ def end_as_lost(gone: list[int], code: int = RankLost.code) -> None:
 
 @contextmanager
 def bound_to_launcher() -> Iterator[None]:
-    """Ends a rank that Lightning started with the process that started it, and not before it.
+    """Makes a rank that Lightning's launcher started end when the launcher ends, neither later nor earlier.
 
-    Lightning's launcher kills everything, itself included, once a child ends with a code other than 0, which would hide
-    the code of a stopped run; and it takes nobody along when it is killed.
+    Not later: a launcher that is killed leaves its children running. Not earlier: once a child ends with a code other
+    than 0, the launcher kills everything, itself included, which would hide the exit code of a stopped run.
     """
     if not launched_by_lightning():
         yield
@@ -53,7 +53,7 @@ def bound_to_launcher() -> Iterator[None]:
             # The main thread is ending by itself and has yet to say why.
             time.sleep(_GRACE_SECONDS)
             os._exit(Stopped.code)
-        # The launcher had an end of its own to report; nobody reads this one.
+        # Nobody reads this exit code: the launcher had one of its own to report.
         end_as_lost([0], Stopped.code)
 
     threading.Thread(target=watch, daemon=True, name="launcher").start()

@@ -1,4 +1,4 @@
-"""Too little memory, told in one line with the settings that help."""
+"""Too little memory: an error in one line that names the configuration keys that help."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,10 @@ _CPU_ALLOCATOR = "can't allocate memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the machine, had too little memory; nothing else that torch raises is."""
+    """Whether a device, or the machine, had too little memory.
+
+    A subclass of RuntimeError, such as an error of NCCL, is not, whatever its message says.
+    """
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -26,5 +29,5 @@ def out_of_memory(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        told = " ".join(str(error).split())[:200]
-        raise ConfigError(f"out of memory ({told}); {remedy}") from error
+        message = " ".join(str(error).split())[:200]
+        raise ConfigError(f"out of memory ({message}); {remedy}") from error

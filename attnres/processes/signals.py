@@ -1,6 +1,11 @@
-"""The signals that stop a process: a flag that is read between two steps, or the end at once if nothing can be saved.
+"""What happens on SIGTERM, SIGUSR1 (both from schedulers) and SIGINT (from a person).
 
-One class for every command. A scheduler sends SIGTERM or SIGUSR1, a person SIGINT.
+* Training: the signal sets a flag. `attnres.training.step_duties` reads it after the optimizer step, saves a checkpoint
+  and ends the run. Before the first step there is nothing to save, and the process ends at once.
+* A probe: the signal sets a flag. `attnres.probe` reads it between two cells and keeps the finished ones.
+* Every other command ends at once; none of them leaves a file half written.
+
+The exit code is 75 each time, and the same command goes on.
 """
 
 import os
@@ -17,17 +22,17 @@ _active: "list[StopSignals]" = []
 
 
 class StopSignals:
-    """Turns the stop signals into a flag; a context manager, after which the previous handlers are back.
+    """A context manager that turns the stop signals into a flag; at its end the previous handlers are back.
 
     While `can_save` is False there is nothing to save, and a signal ends the process at once with exit code 75. A
-    thread does that, because a handler of Python has to wait until torch returns, and a rank that waits for another
-    one to arrive does not. A second SIGINT interrupts at once. A process forked from this one dies of a signal as if
-    it had no handler.
+    thread does that: a handler of Python runs only when torch returns, and torch does not return in a rank that waits
+    for another. A second SIGINT interrupts at once. A process that is forked from this one has no handlers, so that a
+    signal ends it.
 
     Args:
-        promise: what is told when a signal comes and there is something to save.
-        nothing_saved: what is told when there is not.
-        can_save: where it begins.
+        promise: the message at a signal while there is something to save.
+        nothing_saved: the message at a signal while there is not, behind the signal's name.
+        can_save: the value at the start; whoever begins to save sets the attribute.
     """
 
     def __init__(self, promise: str, nothing_saved: str, can_save: bool = False) -> None:

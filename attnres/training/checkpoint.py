@@ -1,9 +1,10 @@
-"""Writes checkpoint folders that are whole and verifiable, or not there (layout: `attnres.files.run_folder`).
+"""Writes checkpoint folders that are whole and verifiable, or not there, and reads the training state of one.
 
-A folder is written under a temporary name beside its final one, every file is flushed, and one rename
-publishes it.
+A folder holds Lightning's state, the exported model and a manifest (layout: `attnres.files.run_folder`). It is written
+under a temporary name beside its final one, every file is flushed, and one rename publishes it.
 """
 
+import errno
 import os
 import shutil
 import zipfile
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel
 
 from attnres import faults
-from attnres.errors import CheckpointError, NumericsError, StorageError
+from attnres.errors import CheckpointError, NumericsError
 from attnres.files import formats
 from attnres.files.hashes import sha256_of
 from attnres.files.run_folder import (
@@ -34,45 +33,34 @@ from attnres.files.run_folder import (
     list_steps,
     refuse_unsafe_loading,
 )
-from attnres.files.whole_files import fsync_path, write_json, write_text
-from attnres.training.card import model_card
+from attnres.files.whole_files import fsync_path, storage_errors, write_json
+from attnres.training.export import ExportInfo, export_model
 
 _MARGIN_BYTES = 32 * 2**20
+_TEMPORARY, _TRASH = ".tmp-", ".trash-"
 _STATE_KEYS = frozenset({"state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "attnres"})
-
-
-@dataclass(frozen=True)
-class ExportInfo:
-    """What a checkpoint says about its run, so that the probe needs no training YAML.
-
-    `training` becomes `training.json` (step, tokens and val_loss are added), `data` becomes `data.json`.
-    """
-
-    tokenizer_path: Path
-    eos_id: int
-    training: dict[str, Any]
-    data: dict[str, Any]
 
 
 class RunCheckpointIO(TorchCheckpointIO):
     """Lightning's door to `write_checkpoint`: `trainer.save_checkpoint(folder)` publishes a step folder.
 
     Args:
+        info: what an export says about the run.
         published: called with a folder when it carries its final name.
-        background: write in a thread, from a copy in host memory, while training goes on. One write at a time; an
-            error of it is raised by the next save, `check` or `wait`. `storage_options={"wait": True}` waits.
+        background: write in a thread, from a copy in host memory, while training goes on. There is one write at a time;
+            the next save, `check` or `wait` raises its error. `storage_options={"wait": True}` waits for the write.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         info: ExportInfo,
-        published: Callable[[Path], None] = lambda folder: None,
-        background: bool = False,
+        published: Callable[[Path], None],
+        background: bool,
     ) -> None:
-        self.model = model
-        self.info = info
-        self.published = published
+        self._model = model
+        self._info = info
+        self._published = published
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[None] | None = None
 
@@ -84,7 +72,7 @@ class RunCheckpointIO(TorchCheckpointIO):
             self._pending = self._thread.submit(self._write, Path(path), host_copy(checkpoint))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_state(Path(path), self.model)
+        return read_state(Path(path), self._model)
 
     def check(self) -> None:
         """Raises the error of a write that has failed."""
@@ -92,14 +80,14 @@ class RunCheckpointIO(TorchCheckpointIO):
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises the error of the write that was waited for."""
+        """Returns when nothing is being written any more; raises the error of the write that it waited for."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def _write(self, folder: Path, checkpoint: dict[str, Any]) -> None:
-        write_checkpoint(folder, checkpoint, self.model, self.info)
-        self.published(folder)
+        write_checkpoint(folder, checkpoint, self._model, self._info)
+        self._published(folder)
 
 
 def host_copy(value: Any) -> Any:
@@ -127,10 +115,9 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
     Args:
         folder: final path, `.../checkpoints/step_NNNNNNNN`.
         checkpoint: Lightning's dictionary, with this project's entry under `attnres`.
-        model: gives architecture and configuration; its weights are taken from `checkpoint`, where a sharded
-        model's
-            have been gathered.
-        info: see `ExportInfo`.
+        model: gives architecture and configuration. Its weights are taken from `checkpoint`, where those of a sharded
+            model have been gathered.
+        info: what the export says about the run.
 
     Raises:
         NumericsError: a weight is not finite; nothing is written.
@@ -143,36 +130,48 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
         raise NumericsError(f"{folder.name}: weights are not finite ({bad[0]} and {len(bad) - 1} more); not saved")
     if not _all_finite(checkpoint.get("optimizer_states")):
         raise NumericsError(f"{folder.name}: the optimizer's state is not finite; not saved: lower optim.lr")
-    parent = folder.parent
-    temporary = parent / f".tmp-{folder.name}"
-    try:
-        faults.point("save.begin")
-        parent.mkdir(parents=True, exist_ok=True)
-        _check_space(parent, _tensor_bytes(checkpoint) + _tensor_bytes(weights))
-        _remove(temporary)
+    remedy = "the checkpoint is not written; free space or fix the folder"
+    with storage_errors(folder, remedy), _published(folder) as temporary:
+        _check_space(folder.parent, _tensor_bytes(checkpoint) + _tensor_bytes(weights))
         (temporary / MODEL_FOLDER).mkdir(parents=True)
         faults.point("save.tensors")
         _save_tensors(checkpoint, temporary / TRAINING_FILE)
         faults.point("save.export")
-        training = info.training | {k: checkpoint["attnres"][k] for k in ("step", "tokens", "val_loss")}
-        export_model(temporary / MODEL_FOLDER, model, weights, info, training)
+        progress = {name: checkpoint["attnres"][name] for name in ("step", "tokens", "val_loss")}
+        export_model(temporary / MODEL_FOLDER, model, weights, info, progress)
         faults.point("save.manifest")
         _write_manifest(temporary)
+
+
+@contextmanager
+def _published(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its final name whole, or not at all.
+
+    Yields:
+        The temporary path beside it to make and fill. It is renamed at the end, and removed where the disk refuses.
+    """
+    temporary, trash = _renamed(folder, _TEMPORARY), _renamed(folder, _TRASH)
+    try:
+        faults.point("save.begin")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
         faults.point("save.rename")
         if folder.exists():
-            trash = parent / f".trash-{folder.name}"
             _remove(trash)
             os.replace(folder, trash)
             faults.point("save.replace")
         os.replace(temporary, folder)
-        fsync_path(parent)
+        fsync_path(folder.parent)
         faults.point("save.published")
-        _remove(parent / f".trash-{folder.name}")
-    # safetensors reports a full disk as its own type.
+        _remove(trash)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             _remove(temporary)
-        raise StorageError(f"{folder}: cannot write the checkpoint ({error}); free space or fix the folder") from error
+        if isinstance(error, SafetensorError):
+            # How safetensors reports a full disk.
+            raise OSError(errno.EIO, str(error)) from error
+        raise
 
 
 def read_state(path: Path, model: PreTrainedModel) -> dict[str, Any]:
@@ -196,8 +195,8 @@ def read_state(path: Path, model: PreTrainedModel) -> dict[str, Any]:
         raise
     except Exception as error:  # the archive, the unpickler and the storages each raise types of their own
         # Torch's message goes on to explain how to load it all the same.
-        told = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path}: not a training state ({type(error).__name__}: {told}); {remedy}") from error
+        message = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: not a training state ({type(error).__name__}: {message}); {remedy}") from error
     missing = _STATE_KEYS - state.keys() if isinstance(state, dict) else _STATE_KEYS
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}; {remedy}")
@@ -213,38 +212,17 @@ def read_state(path: Path, model: PreTrainedModel) -> dict[str, Any]:
     return state
 
 
-def export_model(
-    folder: Path,
-    model: PreTrainedModel,
-    weights: Mapping[str, Tensor],
-    info: ExportInfo,
-    training: dict[str, Any],
-) -> None:
-    """Writes a Hugging Face folder: model, tokenizer, and where they came from."""
-    with _without_progress_bar():
-        model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="100GB")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(info.tokenizer_path))
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(info.eos_id)
-    tokenizer.model_max_length = int(model.config.max_position_embeddings)
-    tokenizer.save_pretrained(folder)
-    write_json(folder / "data.json", info.data)
-    write_json(folder / "training.json", training)
-    parameters = sum(p.numel() for p in model.parameters())
-    write_text(folder / "README.md", model_card(model.config, parameters, training, info.data))
-
-
-def prune(run_folder: Path, newest: int, keep: int, permanent: Callable[[int], bool] = lambda step: False) -> None:
+def prune(run_folder: Path, newest: int, keep: int, permanent: Callable[[int], bool]) -> None:
     """Removes the oldest step folders until `keep` are left up to `newest`, the step that was just written.
 
-    Steps that are `permanent` stay and do not count.
-
-    Folders after `newest` (left by a run that fell back) stay until they are written again.
+    Steps that are `permanent` stay and do not count. Folders after `newest` (left by a run that fell back to an older
+    checkpoint) stay until they are written again.
     """
     steps = list_steps(run_folder)
     older = [step for step in steps if step < newest and not permanent(step)]
     for step in older[: max(0, len(older) - (keep - 1))]:
         # A folder that is half deleted must not carry a final name.
-        trash = steps[step].with_name(f".trash-{steps[step].name}")
+        trash = _renamed(steps[step], _TRASH)
         _remove(trash)
         faults.point("prune.rename")
         os.replace(steps[step], trash)
@@ -252,24 +230,17 @@ def prune(run_folder: Path, newest: int, keep: int, permanent: Callable[[int], b
         _remove(trash)
 
 
-def clean(run_folder: Path) -> None:
+def remove_leftovers(run_folder: Path) -> None:
     """Removes what a killed process left under temporary names; only while holding the run's lock."""
     folder = run_folder / CHECKPOINTS
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith((".tmp-", ".trash-")):
+            if path.name.startswith((_TEMPORARY, _TRASH)):
                 _remove(path)
 
 
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
+def _renamed(folder: Path, prefix: str) -> Path:
+    return folder.with_name(prefix + folder.name)
 
 
 def _save_tensors(value: Any, path: Path) -> None:
@@ -277,7 +248,7 @@ def _save_tensors(value: Any, path: Path) -> None:
         torch.save(value, path)
     except RuntimeError as error:
         # How torch's writer reports a full disk.
-        raise OSError(str(error)) from error
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def _write_manifest(folder: Path) -> None:
@@ -318,7 +289,7 @@ def _tensor_bytes(value: Any) -> int:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _MARGIN_BYTES:
-        raise OSError(f"{(needed + _MARGIN_BYTES) / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
+        raise OSError(errno.ENOSPC, f"{(needed + _MARGIN_BYTES) / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
 
 
 def _remove(path: Path) -> None:

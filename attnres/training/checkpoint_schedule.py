@@ -8,18 +8,18 @@ from attnres.training.config import TrainerConfig
 
 @dataclass(frozen=True)
 class CheckpointSchedule:
-    """Every so many steps, of which the newest few are kept; milestones and log-spaced steps stay.
+    """Ordinary checkpoints at a fixed distance, of which the newest few are kept, and permanent ones.
 
     Attributes:
         every: steps between ordinary checkpoints; 0 for none.
-        milestone_every: steps between milestones; 0 for none.
-        base: log-spaced checkpoints at `round(base**k)`; 0 for none. A trajectory needs many of the early steps, where
-            routing forms, and few of the late ones.
+        milestone_every: steps between milestones, which are permanent; 0 for none.
+        base: permanent checkpoints at the steps `round(base**k)`; 0 for none. A trajectory needs many early steps, in
+            which the routing forms, and few late ones.
     """
 
     every: int
-    milestone_every: int = 0
-    base: float = 0.0
+    milestone_every: int
+    base: float
 
     @classmethod
     def of(cls, config: TrainerConfig) -> "CheckpointSchedule":
@@ -32,7 +32,7 @@ class CheckpointSchedule:
         return due(step, self.milestone_every) or self._log_spaced(step)
 
     def due(self, step: int) -> bool:
-        """Whether one is written after this step."""
+        """Whether a checkpoint is written after this step."""
         return due(step, self.every) or self.permanent(step)
 
     def _log_spaced(self, step: int) -> bool:

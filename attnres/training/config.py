@@ -16,7 +16,7 @@ from attnres.config import decisive, key, require, to_plain
 from attnres.data.config import DataConfig
 from attnres.files.hashes import content_hash
 
-Loss = Literal["auto", "plain", "chunked", "torch", "liger", "cce"]
+Loss = Literal["auto", "plain", "chunked", "torch"]
 
 Trainable = Literal["all", "routing", "routing_bias", "body"]
 AUTO = "auto"

@@ -27,7 +27,15 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machines to plan for: `gpu` names one of the known GPUs, or `peak_tflops` and `memory_gib` describe it."""
+    """The machines to estimate for.
+
+    Attributes:
+        gpus: their number.
+        gpu: one of the known GPUs, unless `peak_tflops` and `memory_gib` describe it.
+        mfu: model FLOPs utilisation that is assumed, a fraction of the peak.
+        peak_tflops: dense TFLOP/s of one GPU.
+        memory_gib: usable memory of one GPU.
+    """
 
     gpus: int = 8
     gpu: str = "h200"
@@ -57,16 +65,19 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """Counts, bytes of one GPU and seconds of a run.
 
     Attributes:
-        parameters, routing_parameters: of the model, tied ones once; the second is a part of the first.
-        tokens: of the whole run; `tokens_per_step` of one optimizer step.
+        parameters: of the model, tied ones once.
+        routing_parameters: how many of these belong to the routing.
+        tokens: of the whole run.
+        tokens_per_step: of one optimizer step.
         flops_per_token: see `attnres.training.flops`.
         accumulation: micro-batches that a GPU adds up in a step.
         memory: bytes by what they hold.
-        tokens_per_second: of one GPU, at the MFU that was assumed.
+        tokens_per_second: of one GPU, at the MFU that is assumed.
+        seconds: of the whole run.
     """
 
     parameters: int
@@ -80,38 +91,38 @@ class Plan:
     seconds: float
 
 
-def make_plan(config: TrainConfig, cluster: ClusterConfig) -> Plan:
-    """Plans a run.
+def estimate_cost(config: TrainConfig, cluster: ClusterConfig) -> CostEstimate:
+    """What a run would need on these machines.
 
     Raises:
         ConfigError: the batch does not divide over the GPUs, or the model cannot be built.
     """
-    settings, length = config.trainer, config.data.sequence_length
-    accumulation = accumulation_steps(settings.global_batch_size, settings.micro_batch_size, cluster.gpus)
+    trainer, length = config.trainer, config.data.sequence_length
+    accumulation = accumulation_steps(trainer.global_batch_size, trainer.micro_batch_size, cluster.gpus)
     vocab_size = config.model.get("vocab_size") or config.data.vocab_size
     architecture = model_config(config.model, vocab_size, eos_id=0, sequence_length=length)
     with FakeTensorMode():
         model = KINDS[config.model["kind"]][1](architecture)
         freeze(model, config.trainable)
-        activations = saved_bytes(model, settings, length)
+        activations = saved_bytes(model, trainer, length)
     per_token = flops_per_token(model, architecture, length)
-    tokens_per_step = settings.global_batch_size * length
-    tokens = settings.max_steps * tokens_per_step
+    tokens_per_step = trainer.global_batch_size * length
+    tokens = trainer.max_steps * tokens_per_step
     rate = cluster.peak * cluster.mfu / per_token
-    return Plan(
+    return CostEstimate(
         parameters=sum(p.numel() for p in model.parameters()),
         routing_parameters=sum(p.numel() for name, p in model.named_parameters() if is_routing(name)),
         tokens=tokens,
         tokens_per_step=tokens_per_step,
         flops_per_token=per_token,
         accumulation=accumulation,
-        memory=_memory(model, architecture, settings, length, cluster.gpus, activations),
+        memory=_memory(model, architecture, trainer, length, cluster.gpus, activations),
         tokens_per_second=rate,
         seconds=tokens / (rate * cluster.gpus),
     )
 
 
-def saved_bytes(model: PreTrainedModel, settings: TrainerConfig, length: int) -> float:
+def saved_bytes(model: PreTrainedModel, trainer: TrainerConfig, length: int) -> float:
     """Bytes that autograd keeps of one micro-batch below the head: activations, and low-precision weight copies."""
     kept: dict[int, int] = {}
     own = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -125,8 +136,8 @@ def saved_bytes(model: PreTrainedModel, settings: TrainerConfig, length: int) ->
 
     # Storages are told apart by address: none may be freed, and its address reused, while we count.
     alive: list[Tensor] = []
-    ids = torch.zeros(settings.micro_batch_size, length, dtype=torch.long)
-    bf16 = settings.precision == "bf16-mixed"
+    ids = torch.zeros(trainer.micro_batch_size, length, dtype=torch.long)
+    bf16 = trainer.precision == "bf16-mixed"
     decoder: nn.Module = model.model
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
@@ -135,19 +146,19 @@ def saved_bytes(model: PreTrainedModel, settings: TrainerConfig, length: int) ->
 
 
 def _memory(
-    model: PreTrainedModel, config: Qwen3Config, settings: TrainerConfig, length: int, gpus: int, saved: float
+    model: PreTrainedModel, config: Qwen3Config, trainer: TrainerConfig, length: int, gpus: int, saved: float
 ) -> dict[str, float]:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    bf16 = settings.precision == "bf16-mixed"
-    sharded = settings.strategy == "fsdp2"
+    bf16 = trainer.precision == "bf16-mixed"
+    sharded = trainer.strategy == "fsdp2"
     ranks = gpus if sharded else 1
-    positions = settings.micro_batch_size * length
+    positions = trainer.micro_batch_size * length
     width = 2 if bf16 else 4
     layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
     copies = 2 * layers if bf16 else 0
     activations = saved - copies
-    if settings.gradient_checkpointing:
+    if trainer.gradient_checkpointing:
         # Between layers: the running state and a sublayer's output; within, one layer at a time.
         activations = config.num_hidden_layers * 2 * positions * config.hidden_size * width
         activations += (saved - copies) / config.num_hidden_layers
@@ -163,7 +174,7 @@ def _memory(
         memory["gathered for the computation"] = 8.0 * root + 2 * largest * width
     elif bf16:
         memory["bf16 copies of the weights"] = float(copies)
-    loss = choose(settings.loss, positions, config.vocab_size)
+    loss = choose(trainer.loss, positions, config.vocab_size)
     rows = positions if loss == "plain" else min(positions, LOGITS_BYTES // (4 * config.vocab_size))
     # The logits, in fp32 again where they were not, their log-softmax, and the gradients of both.
     memory["logits and their gradients"] = rows * config.vocab_size * (4 * 3 + (2 * width if bf16 else 0))
@@ -172,28 +183,28 @@ def _memory(
     return memory
 
 
-def describe(config: TrainConfig, cluster: ClusterConfig, plan: Plan) -> str:
-    """The plan as text."""
-    settings = config.trainer
-    total = sum(plan.memory.values())
-    hours = plan.seconds / 3600
+def describe(config: TrainConfig, cluster: ClusterConfig, cost: CostEstimate) -> str:
+    """The estimate as text."""
+    trainer = config.trainer
+    total = sum(cost.memory.values())
+    hours = cost.seconds / 3600
     fits = "fits" if total <= 0.9 * cluster.memory * _GIB else "DOES NOT FIT with a tenth to spare"
     lines = [
-        f"{config.name} on {cluster.gpus} x {cluster.gpu}, {settings.strategy}, {settings.precision}",
+        f"{config.name} on {cluster.gpus} x {cluster.gpu}, {trainer.strategy}, {trainer.precision}",
         "",
-        f"parameters            {plan.parameters:>18,}",
-        f"  of these, routing   {plan.routing_parameters:>18,}",
-        f"tokens                {plan.tokens:>18,}   {settings.max_steps:,} steps of {plan.tokens_per_step:,}",
-        f"a step on one GPU     {plan.accumulation:>18,}   micro-batches of {settings.micro_batch_size} windows",
-        f"FLOP per token        {plan.flops_per_token:>18.4g}   3 (2 N + L 2 T H d + sum 6 D S_j)",
-        f"FLOP                  {plan.flops_per_token * plan.tokens:>18.4g}",
+        f"parameters            {cost.parameters:>18,}",
+        f"  of these, routing   {cost.routing_parameters:>18,}",
+        f"tokens                {cost.tokens:>18,}   {trainer.max_steps:,} steps of {cost.tokens_per_step:,}",
+        f"a step on one GPU     {cost.accumulation:>18,}   micro-batches of {trainer.micro_batch_size} windows",
+        f"FLOP per token        {cost.flops_per_token:>18.4g}   3 (2 N + L 2 T H d + sum 6 D S_j)",
+        f"FLOP                  {cost.flops_per_token * cost.tokens:>18.4g}",
         "",
         "memory of one GPU, GiB",
-        *(f"  {name:<34}{value / _GIB:>8.2f}" for name, value in plan.memory.items()),
+        *(f"  {name:<34}{value / _GIB:>8.2f}" for name, value in cost.memory.items()),
         f"  {'sum':<34}{total / _GIB:>8.2f}   of {cluster.memory:.0f}: {fits}",
         "",
         f"assumed MFU           {cluster.mfu:>18.2f}   of {cluster.peak / 1e12:,.0f} TFLOP/s",
-        f"tokens/s per GPU      {plan.tokens_per_second:>18,.0f}",
+        f"tokens/s per GPU      {cost.tokens_per_second:>18,.0f}",
         f"time                  {hours:>18.2f}   hours, {hours * cluster.gpus:,.1f} GPU hours",
     ]
     return "\n".join(lines)

@@ -69,9 +69,9 @@ class ReadSummary:
 def summarise_read(log_weights: Tensor, sources: Sequence[Tensor]) -> ReadSummary:
     """Summary of a read from its log weights `[B, T, S]` and sources (S times `[B, T, D]`)."""
     weights = log_weights.float().exp()
-    parts = [weights[..., i, None] * source.float() for i, source in enumerate(sources)]
-    mix = torch.stack(parts).sum(dim=0)
-    share = torch.stack([norm_share(part, mix).mean() for part in parts])
+    contributions = [weights[..., i, None] * source.float() for i, source in enumerate(sources)]
+    mix = torch.stack(contributions).sum(dim=0)
+    share = torch.stack([norm_share(contribution, mix).mean() for contribution in contributions])
     return ReadSummary(weights.mean(dim=(0, 1)), share, torch.special.entr(weights).sum(dim=-1).mean())
 
 
@@ -100,7 +100,7 @@ def slice_rows(plan: DepthPlan, reads: Sequence[ReadSummary]) -> list[dict[str, 
     """A row per slice that has a read: family, sublayer, band, over the reads eligible for that family.
 
     Beside the `MEASURED` numbers (scalar tensors) stand how many reads it has and their mean number of sources.
-    `entropy` is that of all sources, so that it tells how sharp the reads are, whatever the family.
+    `entropy` is over all sources of a read, so that it says how sharp the reads are, whatever the family.
     """
     rows: list[dict[str, Any]] = []
     for cell in grid(plan):
@@ -129,15 +129,15 @@ def slice_rows(plan: DepthPlan, reads: Sequence[ReadSummary]) -> list[dict[str, 
 
 def routing_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The rows as scalars: `routing/<family>/...` is mass, `routing/share/<family>/...` and `routing/entropy/...`."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for row in rows:
         where = f"{row['sublayer']}/{row['band']}"
-        found[f"routing/{row['family']}/{where}"] = row["mass"]
-        found[f"routing/share/{row['family']}/{where}"] = row["share"]
+        metrics[f"routing/{row['family']}/{where}"] = row["mass"]
+        metrics[f"routing/share/{row['family']}/{where}"] = row["share"]
         # The newest source is there wherever there are several.
         if row["family"] == "current":
-            found[f"routing/entropy/{where}"] = row["entropy"]
-    return found
+            metrics[f"routing/entropy/{where}"] = row["entropy"]
+    return metrics
 
 
 @contextmanager

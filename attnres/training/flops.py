@@ -12,11 +12,12 @@ one; recomputed activations are not counted, so that MFU is comparable with and 
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
 from attnres.model.routing import is_query
+from attnres.training.models import depth_plan
 
-# Dense bf16 TFLOP/s (the makers' data sheets) and usable GiB, by a part of the device's name; the first match counts.
+# Dense bf16 TFLOP/s (the makers' data sheets) and usable GiB, by a word in the device's name; the first match counts.
 GPUS = {
     "b200": (2250.0, 179.0),
     "h200": (989.0, 131.0),
@@ -38,17 +39,17 @@ def matmul_parameters(model: nn.Module) -> int:
     )
 
 
-def flops_per_token(model: nn.Module, config: PretrainedConfig, sequence_length: int) -> float:
+def flops_per_token(model: nn.Module, config: PreTrainedConfig, sequence_length: int) -> float:
     """Floating-point operations of one training token (see the module's formula)."""
     attention = config.num_hidden_layers * 2 * sequence_length * config.num_attention_heads * config.head_dim
-    plan = config.plan() if hasattr(config, "plan") else None
+    plan = depth_plan(config)
     routing = sum(6 * config.hidden_size * read.num_sources for read in plan.reads) if plan else 0
     return 3.0 * (2 * matmul_parameters(model) + attention + routing)
 
 
 def known_gpu(name: str) -> tuple[float, float] | None:
     """Dense bf16 TFLOP/s and memory (GiB) of a GPU by its name, or None."""
-    return next((figures for part, figures in GPUS.items() if part in name.lower()), None)
+    return next((figures for word, figures in GPUS.items() if word in name.lower()), None)
 
 
 def peak_flops(device: torch.device, precision: str, given: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Runs that start from another run's weights, and the choice of what they train.
+"""The model in front of its first step: weights from the seed or from another run, and the choice of what is trained.
 
 The same-base controls: a vanilla run's weights in a routable model, whose routing starts as the base's own additive
 residual (`wrap: uniform`), then training of the routing alone, of everything but the routing, or of everything.
@@ -22,7 +22,7 @@ from attnres.model.loading import load_model
 from attnres.model.locate import Located, locate, vanilla_runs
 from attnres.model.routing import is_bias, is_routing
 from attnres.training.config import AUTO, Trainable, TrainConfig
-from attnres.training.models import model_config
+from attnres.training.models import build_model, model_config
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ def resolve_base(config: TrainConfig) -> tuple[TrainConfig, Located | None]:
         that starts from its seed.
 
     Raises:
-        ConfigError: no base where one is wanted, one that is still training, or settings that would not start as the
-            base is.
+        ConfigError: there is no base, or it is still training, or this run would not start with its base's function.
         DataError: the run's own text is missing.
         CheckpointError: the base is missing or damaged, has other weights than `init.digest` says, saw other data or
             another tokenizer, or has another shape.
@@ -61,10 +60,10 @@ def resolve_base(config: TrainConfig) -> tuple[TrainConfig, Located | None]:
     if config.init.base is None:
         return config, None
     corpus = prepare(config.data)
-    architecture = model_config(config.model, corpus.vocab_size, corpus.eos_id, config.data.sequence_length)
+    architecture = _architecture(config, corpus)
     _require_wrappable(config, architecture)
     base = locate(_the_vanilla_run(config, corpus, architecture) if config.init.base == AUTO else config.init.base)
-    # A step that was named keeps its bytes; a run that goes on would give other weights the next time.
+    # A named step keeps its bytes; a run that is still training would give other weights the next time.
     if base.finished is False and not _names_step(config.init.base, base):
         raise ConfigError(f"init.base: {base.run} is not complete; finish it, or name one of its checkpoints/step_*")
     if config.init.digest not in (None, base.digest):
@@ -80,11 +79,30 @@ def resolve_base(config: TrainConfig) -> tuple[TrainConfig, Located | None]:
                 "name a base that was trained on this data"
             )
     log.info("init: starting from %s, digest %s", base.folder, base.digest)
-    found = dataclasses.replace(config.init, base=str(base.folder), digest=base.digest)
-    return dataclasses.replace(config, init=found), base
+    init = dataclasses.replace(config.init, base=str(base.folder), digest=base.digest)
+    return dataclasses.replace(config, init=init), base
 
 
-def start_from(model: PreTrainedModel, base: Located, wrap: str | None) -> None:
+def initial_model(config: TrainConfig, corpus: Corpus, base: Located | None) -> PreTrainedModel:
+    """The model of a run, with gradients off for what is not to be trained.
+
+    Args:
+        config: of the run.
+        corpus: gives the vocabulary.
+        base: from `resolve_base`; None keeps the weights that the seed gives.
+
+    Raises:
+        ConfigError: a model that cannot be, or one that has nothing to train.
+        CheckpointError: the base is of another kind or shape.
+    """
+    model = build_model(_architecture(config, corpus), config.seed)
+    if base is not None:
+        _start_from(model, base, config.init.wrap)
+    freeze(model, config.trainable)
+    return model
+
+
+def _start_from(model: PreTrainedModel, base: Located, wrap: str | None) -> None:
     """Copies a base's weights into a freshly built model, strictly.
 
     With `wrap` the base is a vanilla Qwen3, and the model's routing keeps the start that its configuration gives it:
@@ -132,6 +150,10 @@ def freeze(model: nn.Module, trainable: Trainable) -> None:
         )
 
 
+def _architecture(config: TrainConfig, corpus: Corpus) -> Qwen3Config:
+    return model_config(config.model, corpus.vocab_size, corpus.eos_id, config.data.sequence_length)
+
+
 def _require_wrappable(config: TrainConfig, architecture: Qwen3Config) -> None:
     """The model must compute what its vanilla base does (or, under `recency`, nearly) at the first step."""
     wrap = config.init.wrap
@@ -145,27 +167,29 @@ def _require_wrappable(config: TrainConfig, architecture: Qwen3Config) -> None:
     if wrap == "uniform":
         fields = {"attnres_sources": "block_sum", "attnres_exact_uniform": True, "attnres_recency_bias_init": 0.0}
     for name, wanted in fields.items():
-        found = getattr(architecture, name)
-        require(found == wanted, f"init.wrap: {wrap} needs model.{name}={wanted}, got {found}")
+        value = getattr(architecture, name)
+        require(value == wanted, f"init.wrap: {wrap} needs model.{name}={wanted}, got {value}")
 
 
 def _the_vanilla_run(config: TrainConfig, corpus: Corpus, architecture: Qwen3Config) -> str:
-    """The one finished vanilla run beside that a run's base can be."""
+    """The path of the one finished vanilla run in `runs_dir` that fits as a base."""
     data = {"fingerprint": corpus.fingerprint, "tokenizer_sha256": corpus.tokenizer_sha256}
-    beside = Path(config.runs_dir)
-    found = [
-        run for run in vanilla_runs(beside, data, architecture.to_dict(), config.seed) if (run / COMPLETE).is_file()
+    runs_dir = Path(config.runs_dir)
+    runs = [
+        run for run in vanilla_runs(runs_dir, data, architecture.to_dict(), config.seed) if (run / COMPLETE).is_file()
     ]
-    if not found:
+    if not runs:
         raise ConfigError(
-            f"init.base: no complete vanilla run in {beside} has the data, tokenizer, shape and seed of this run; name "
-            "one with init.base=PATH, or train it: python train.py +experiment=vanilla_small (or the vanilla_* of your "
-            "shape)"
+            f"init.base: no complete vanilla run in {runs_dir} has the data, tokenizer, shape and seed of this run; "
+            "name one with init.base=PATH, or train it: python train.py +experiment=vanilla_small (or the vanilla_* of "
+            "your shape)"
         )
-    if len(found) > 1:
-        names = ", ".join(run.name for run in found)
-        raise ConfigError(f"init.base: {len(found)} vanilla runs in {beside} fit ({names}); choose with init.base=PATH")
-    return str(found[0])
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        raise ConfigError(
+            f"init.base: {len(runs)} vanilla runs in {runs_dir} fit ({names}); choose with init.base=PATH"
+        )
+    return str(runs[0])
 
 
 def _names_step(path: str, base: Located) -> bool:
@@ -176,7 +200,7 @@ def _names_step(path: str, base: Located) -> bool:
 
 def _require_same_shape(base: Located, there: PreTrainedConfig, here: PreTrainedConfig) -> None:
     ours, theirs = here.to_dict(), there.to_dict()
-    # The library's own defaults are compared like all others; what only one kind of model has is not.
+    # Fields that only one kind of model has are not compared; those that the library fills in are.
     names = (ours.keys() & theirs.keys()) - _WITHOUT_EFFECT
     differing = [
         f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in sorted(names) if ours[name] != theirs[name]

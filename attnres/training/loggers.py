@@ -45,7 +45,7 @@ class _BaseLogger(Logger):
         """Several rows of one step, all with the same columns."""
 
     def alert(self, title: str, text: str) -> None:
-        """Tells somebody who is not looking; by default nobody."""
+        """Sends a message to a person who is not looking; by default to nobody."""
 
 
 class CsvLogger(_BaseLogger):
@@ -55,8 +55,7 @@ class CsvLogger(_BaseLogger):
 
     Args:
         path: the file.
-        resume_step: rows after this step are dropped on opening, so that the curve of a resumed run has no
-        seam.
+        resume_step: rows after this step are dropped on opening, so that the curve of a resumed run has no seam.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -117,14 +116,18 @@ class WandbLogger(_BaseLogger):
     """Weights & Biases that can fail at any point without more than one warning and a few seconds.
 
     Online without a server that answers becomes offline: `wandb sync` uploads the folder later.
+
+    Args:
+        config: of the logger.
+        folder: of the run, whose name is the name and id of the run there.
+        plain: the run's configuration, without secrets.
     """
 
-    def __init__(self, config: LoggerConfig, folder: Path, run_id: str, settings: dict[str, Any]) -> None:
+    def __init__(self, config: LoggerConfig, folder: Path, plain: dict[str, Any]) -> None:
         super().__init__()
         self._config = config
         self._folder = folder
-        self._id = run_id
-        self._settings = settings
+        self._plain = plain
         self._run: Any = None
         self._off = config.wandb == "disabled"
 
@@ -196,11 +199,11 @@ class WandbLogger(_BaseLogger):
         return wandb.init(
             project=self._config.project,
             entity=self._config.entity,
-            id=self._id,
-            name=self._id,
+            id=self._folder.name,
+            name=self._folder.name,
             resume="allow" if mode == "online" else None,
             dir=str(self._folder),
-            config=self._settings,
+            config=self._plain,
             mode=mode,
             settings=wandb.Settings(**known),
         )

@@ -5,7 +5,6 @@ make 10 GB in fp32, and their gradient as much again. The other ways compute the
 head's weight, a slice of positions at a time.
 """
 
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -25,7 +24,7 @@ LOGITS_BYTES = 2**30
 
 
 def choose(loss: Loss, positions: int, vocab_size: int) -> Loss:
-    """What `auto` means for a micro-batch: `plain` while its fp32 logits fit into `LOGITS_BYTES`, else `chunked`."""
+    """Resolves `auto` for a micro-batch: `plain` while its fp32 logits fit into `LOGITS_BYTES`, else `chunked`."""
     if loss != "auto":
         return loss
     return "plain" if 4 * positions * vocab_size <= LOGITS_BYTES else "chunked"
@@ -34,11 +33,12 @@ def choose(loss: Loss, positions: int, vocab_size: int) -> Loss:
 def nll_sum(model: nn.Module, batch: dict[str, Tensor], loss: Loss = "plain") -> tuple[Tensor, Tensor]:
     """Summed next-token NLL in fp32 nats, and the number of targets, of a batch with shifted labels.
 
-    Positions reset per document isolate documents only without a mask and without a cache, hence the arguments.
+    The model gets no mask and no cache: only then do positions that start anew isolate documents from each other.
 
     Args:
         batch: `input_ids [B, T]`, `labels [B, T]` with -100 where there is no target, optionally `position_ids [B, T]`.
-        loss: how; see `linear_nll`. All give the same value and gradients to rounding.
+        loss: how the NLL is computed: `plain` from all logits, `auto` as `choose` says, else as `linear_nll` says. The
+            value and the gradients are the same to rounding.
     """
     inputs = {"input_ids": batch["input_ids"]}
     if "position_ids" in batch:
@@ -55,7 +55,7 @@ def nll_sum(model: nn.Module, batch: dict[str, Tensor], loss: Loss = "plain") ->
 
 
 def attach(model: nn.Module) -> None:
-    """Makes the loss from hidden states a forward method of a sharded model: its weights are whole meanwhile."""
+    """Makes the loss from hidden states a forward method of a sharded model, which gathers its weights for it."""
     model.attnres_nll = MethodType(_from_hidden, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "attnres_nll")
 
@@ -74,24 +74,23 @@ def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss, rows:
         hidden: `[N, D]`.
         weight: `[V, D]`, of the head.
         labels: `[N]`; -100 is ignored.
-        loss: `chunked` (slices of positions, logits recomputed in the backward pass), `torch` (torch's own
-            `F.linear_cross_entropy`), `liger` or `cce` (fused kernels of the packages liger-kernel and
-            cut-cross-entropy, for GPUs).
+        loss: `chunked` (slices of positions, logits recomputed in the backward pass) or `torch` (torch's own
+            `F.linear_cross_entropy`).
         rows: positions of a slice; None cuts slices of `LOGITS_BYTES`. Only for `chunked`.
 
     Raises:
-        ConfigError: the torch at hand, or the environment, does not have what `loss` names.
+        ConfigError: this torch does not have what `loss` names.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _chunked(hidden, weight, labels, rows) if loss == "chunked" else _FUSED[loss](hidden, weight, labels)
+    return _chunked(hidden, weight, labels, rows) if loss == "chunked" else _torch(hidden, weight, labels)
 
 
 def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int | None) -> Tensor:
     rows = rows or max(1, LOGITS_BYTES // (4 * weight.shape[0]))
     total = hidden.new_zeros((), dtype=torch.float32)
-    for part, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
-        total = total + checkpoint(_slice_nll, part, weight, targets, use_reentrant=False, preserve_rng_state=False)
+    for states, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
+        total = total + checkpoint(_slice_nll, states, weight, targets, use_reentrant=False, preserve_rng_state=False)
     return total
 
 
@@ -111,28 +110,3 @@ def _torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return F.linear_cross_entropy(
             hidden, weight.to(hidden.dtype), labels, reduction="sum", ignore_index=NO_TARGET, options=options
         ).float()
-
-
-def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError as error:
-        raise ConfigError(f"trainer.loss: liger needs liger-kernel ({error}); install it or use chunked") from error
-    with torch.autocast(hidden.device.type, enabled=False):
-        fused = LigerFusedLinearCrossEntropyLoss(ignore_index=NO_TARGET, reduction="sum", accum_dtype=torch.float32)
-        return fused(weight.to(hidden.dtype), hidden, labels).float()
-
-
-def _cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise ConfigError(f"trainer.loss: cce needs cut-cross-entropy ({error}); install it or use chunked") from error
-    with torch.autocast(hidden.device.type, enabled=False):
-        # By default it leaves small gradients out.
-        return linear_cross_entropy(
-            hidden, weight.to(hidden.dtype), labels, ignore_index=NO_TARGET, reduction="sum", filter_eps=None
-        ).float()
-
-
-_FUSED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"torch": _torch, "liger": _liger, "cce": _cce}

@@ -1,4 +1,4 @@
-"""The model that a training configuration describes."""
+"""The model that a training configuration describes: its shape, its first weights, and how its layers execute."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from attnres.config import nearest, unknown_key
+from attnres.depth.plan import DepthPlan
 from attnres.errors import ConfigError
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.training.config import TrainerConfig
 
 KINDS: dict[str, tuple[type[Qwen3Config], type[PreTrainedModel]]] = {
     "attnres": (Qwen3AttnResConfig, Qwen3AttnResForCausalLM),
@@ -19,19 +21,20 @@ KINDS: dict[str, tuple[type[Qwen3Config], type[PreTrainedModel]]] = {
 }
 
 
-def model_config(settings: Mapping[str, Any], vocab_size: int, eos_id: int, sequence_length: int) -> Qwen3Config:
+def model_config(plain: Mapping[str, Any], vocab_size: int, eos_id: int, sequence_length: int) -> Qwen3Config:
     """The Hugging Face configuration for `model:` of a training configuration.
 
     Args:
-        settings: `kind` ("attnres" or "vanilla") and fields of that kind's configuration. `vocab_size` may be
-        left out
-            or null: then it is the corpus's. `rope_theta` is accepted beside `rope_parameters`.
+        plain: `kind` ("attnres" or "vanilla") and fields of that kind's configuration. `vocab_size` may be left out or
+            null: then it is the corpus's. `rope_theta` is accepted beside `rope_parameters`.
         vocab_size: of the corpus.
+        eos_id: token id of the end of a document.
+        sequence_length: of the training windows.
 
     Raises:
         ConfigError: unknown kind or key, a value of the wrong type, or a model too small for the data.
     """
-    fields = dict(settings)
+    fields = dict(plain)
     kind = fields.pop("kind", None)
     if kind not in KINDS:
         guess = nearest(str(kind), KINDS)
@@ -76,7 +79,23 @@ def model_config(settings: Mapping[str, Any], vocab_size: int, eos_id: int, sequ
 
 
 def build_model(config: Qwen3Config, seed: int) -> PreTrainedModel:
-    """A model with fp32 weights drawn from `seed`, whatever was drawn before."""
+    """A model with fp32 weights that depend on `seed` alone, whatever was drawn before."""
     torch.manual_seed(seed)
     model_class = next(model for cls, model in KINDS.values() if type(config) is cls)
     return model_class(config).float()
+
+
+def depth_plan(config: PreTrainedConfig) -> DepthPlan | None:
+    """Which sources each read of a model sees; None for a model that does not route."""
+    return config.plan() if hasattr(config, "plan") else None
+
+
+def set_execution(model: PreTrainedModel, config: TrainerConfig) -> None:
+    """Turns on what changes how the layers execute and not what they compute: recomputation, compilation."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        # By sublayer, which all have one signature; compiling in place leaves parameter names alone.
+        for layer in model.model.layers:
+            layer.self_attn.compile()
+            layer.mlp.compile()

@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,38 +11,53 @@ from torch import Tensor, nn
 
 from attnres.errors import NumericsError
 from attnres.training.config import Loss, OptimConfig
+from attnres.training.learning_rate import lr_multiplier
 from attnres.training.loss import attach, nll_sum
-from attnres.training.optim import build_optimizer, lr_multiplier
+from attnres.training.optimizer import build_optimizer
 from attnres.training.strategy import shard
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """One finished optimizer step: nats/token of the global batch, gradient norm before clipping, lr."""
+    """One finished optimizer step.
+
+    Attributes:
+        loss: nats/token of the global batch.
+        grad_norm: of the whole model's gradient, before clipping.
+        lr: that the step was made with.
+    """
 
     loss: float
     grad_norm: float
     lr: float
 
 
+class MicroBatch(NamedTuple):
+    """What a step keeps of a micro-batch: summed NLL (nats), number of targets, and sample ids `[B]`."""
+
+    nll: Tensor
+    targets: Tensor
+    sample_ids: Tensor
+
+
 class CausalLMModule(pl.LightningModule):
     """Trains any Hugging Face causal language model on token windows.
 
-    **Normalisation.** The gradient of a step is that of (summed NLL of the global batch) / (its number of
-    targets), whatever the split into micro-batches and ranks and however unevenly targets fall on them. A
-    micro-batch returns its summed NLL over a constant, its number of positions; Lightning averages over
-    micro-batches and ranks; at the step, one reduction gives the true count and gradients are rescaled by
-    (nominal / true) in the same multiplication as clipping.
+    **Normalisation.** The loss of a step is the summed NLL of the global batch over its number of targets. It and its
+    gradient do not depend on how the batch is split into micro-batches and ranks, nor on how unevenly targets fall on
+    them. `training_step` returns a micro-batch's summed NLL over its number of positions, a constant; Lightning
+    averages over micro-batches and ranks. `on_before_optimizer_step` reduces the number of targets over all ranks and
+    rescales the gradient by (positions / targets), in the same multiplication that clips it.
 
     Args:
         model: fp32 master weights.
-        max_steps: length of the schedule in optimizer steps.
+        max_steps: length of the learning-rate schedule in optimizer steps.
         seed: of the run; every micro-batch reseeds from (seed, step, micro-batch, rank), so that no random state
             needs saving.
         loss: how the NLL is computed (see `attnres.training.loss`).
 
     Raises:
-        NumericsError: from the step whose loss or gradient is not finite, before any weight changes.
+        NumericsError: by the step whose loss or gradient is not finite, before any weight changes.
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig, max_steps: int, seed: int, loss: Loss = "plain") -> None:
@@ -55,7 +70,7 @@ class CausalLMModule(pl.LightningModule):
         self.tokens_seen = 0
         self.val_loss: float | None = None
         self.last_step: StepStats | None = None
-        self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._micro: list[MicroBatch] = []
         self._positions = 0
         self._sharded = False
 
@@ -81,45 +96,46 @@ class CausalLMModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         total, count = nll_sum(self.model, batch, self.loss)
-        self._micro.append((total.detach(), count, batch["sample_ids"]))
+        self._micro.append(MicroBatch(total.detach(), count, batch["sample_ids"]))
         self._positions = batch["labels"].numel()
         return total / self._positions
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Turns averaged gradients into per-token ones and clips them, or stops at a non-finite value."""
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradient of the step is complete: measures the step, makes its gradient per token, and clips it."""
         micro, self._micro = self._micro, []
-        sums = torch.stack([torch.stack([total, count.float()]) for total, count, _ in micro]).sum(dim=0)
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        nominal = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        nll, targets, norm = self._measure(micro, gradients)
+        if not np.isfinite(nll) or not np.isfinite(norm) or targets == 0:
+            raise self._numerics_error(micro, nll, targets)
+        # Lightning has averaged over this many positions.
+        positions = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        scale = positions / targets
+        norm *= scale
+        if self.optim.grad_clip > 0:
+            scale *= min(1.0, self.optim.grad_clip / (norm + 1e-6))
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
+        self.tokens_seen += int(targets)
+        self.last_step = StepStats(loss=nll / targets, grad_norm=norm, lr=optimizer.param_groups[0]["lr"])
+
+    def _measure(self, micro: list[MicroBatch], gradients: list[Tensor]) -> tuple[float, float, float]:
+        """Summed NLL and number of targets of the global batch, and the norm of the averaged gradient."""
+        sums = torch.stack([torch.stack([m.nll, m.targets.float()]) for m in micro]).sum(dim=0)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # The only wait for the device in a step.
-        total, count, norm_value = torch.stack([*sums, norm.to(sums)]).tolist()
-        if not np.isfinite(total) or not np.isfinite(norm_value) or count == 0:
-            raise self._numerics_error(micro, total, count)
-        scale = nominal / count
-        norm_value *= scale
-        if self.optim.grad_clip > 0:
-            scale *= min(1.0, self.optim.grad_clip / (norm_value + 1e-6))
-        if scale != 1.0:
-            torch._foreach_mul_(gradients, scale)
-        self.tokens_seen += int(count)
-        self.last_step = StepStats(total / count, norm_value, optimizer.param_groups[0]["lr"])
+        nll, targets, norm_value = torch.stack([*sums, norm.to(sums)]).tolist()
+        return nll, targets, norm_value
 
-    def _numerics_error(self, micro: list[tuple[Tensor, Tensor, Tensor]], total: float, count: float) -> NumericsError:
+    def _numerics_error(self, micro: list[MicroBatch], nll: float, targets: float) -> NumericsError:
         step = self.trainer.global_step + 1
-        if count == 0:
+        if targets == 0:
             return NumericsError(f"step {step}: no target token in the global batch; check data.isolate_documents")
-        bad = [m for m in micro if not torch.isfinite(m[0])]
-        ids = [i for m in (bad or micro) for i in m[2].tolist()]
-        what = "the gradient norm" if np.isfinite(total) else "the loss"
-        where = "" if bad or np.isfinite(total) else " (the non-finite micro-batch is on another rank)"
+        bad = [m for m in micro if not torch.isfinite(m.nll)]
+        ids = [i for m in (bad or micro) for i in m.sample_ids.tolist()]
+        what = "the gradient norm" if np.isfinite(nll) else "the loss"
+        where = "" if bad or np.isfinite(nll) else " (the non-finite micro-batch is on another rank)"
         return NumericsError(
             f"step {step}: {what} is not finite on rank {self.global_rank}, sample ids {ids}{where};"
             " no checkpoint was written: lower optim.lr, or run with debug=true to find the operation"
@@ -141,9 +157,9 @@ class CausalLMModule(pl.LightningModule):
 def align_progress(checkpoint: dict[str, Any], step: int, accumulate: int) -> None:
     """Rewrites Lightning's count of micro-batches for this run's accumulation, in place.
 
-    The count decides where an accumulation ends. Saved with another micro-batch size or number of ranks, it
-    need not be a multiple of the new accumulation, and the first step would be cut short. `completed` stays
-    one behind, which is how Lightning recognises a checkpoint written at the end of a batch.
+    The count decides where an accumulation ends. A count that was saved with another micro-batch size or number of
+    ranks need not be a multiple of the new accumulation, and the first step would be cut short. `completed` stays one
+    behind: Lightning recognises by it a checkpoint that was written at the end of a batch.
     """
     done = step * accumulate
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -58,10 +58,12 @@ def completed(folder: Path, max_steps: int) -> dict[str, Any] | None:
 def choose_start(config: TrainConfig, folder: Path) -> Start:
     """Applies `resume`.
 
-    `auto` takes the run's newest intact checkpoint, or the beginning; `must` insists on a checkpoint; `never`
-    insists on an empty folder. A path (step folder, its `training.ckpt`, or a run folder) seeds a run that
-    has no checkpoint of its own yet; once it has, those go on, so that the same command survives a requeue. A
-    path inside the run's own folder always wins.
+    * `auto`: the run's newest intact checkpoint, or the beginning.
+    * `must`: the same, but there must be a checkpoint.
+    * `never`: the beginning, and there must be no checkpoint.
+    * A path (step folder, its `training.ckpt`, or a run folder): that checkpoint, until the run has checkpoints of its
+      own, from which it then goes on, so that the same command survives a requeue. A path inside the run's own folder
+      is taken in any case.
 
     Raises:
         ConfigError: `never` and there are checkpoints.
@@ -77,25 +79,27 @@ def choose_start(config: TrainConfig, folder: Path) -> Start:
             )
         return Start()
     if resume in ("auto", "must"):
-        newest = latest(folder)
-        if newest is None and resume == "must":
+        checkpoint = latest(folder)
+        if checkpoint is None and resume == "must":
             raise CheckpointError(f"resume=must, but {folder} holds no checkpoint; use resume=auto to start afresh")
-        log.info("resume=%s: %s", resume, f"going on from {newest}" if newest else f"starting afresh in {folder}")
-        return _start(newest)
+        log.info(
+            "resume=%s: %s", resume, f"going on from {checkpoint}" if checkpoint else f"starting afresh in {folder}"
+        )
+        return _start(checkpoint)
     path = Path(resume)
     path = path.parent if path.name == TRAINING_FILE else path
     if not path.is_dir():
         raise CheckpointError(f"resume={resume}: no such folder; give a step folder, a run folder, auto, must or never")
     own = path.resolve().is_relative_to(folder.resolve())
     if not own and list_steps(folder):
-        newest = latest(folder)
-        log.warning("resume=%s: %s has checkpoints of its own; going on from %s instead", resume, folder, newest)
-        return _start(newest)
+        checkpoint = latest(folder)
+        log.warning("resume=%s: %s has checkpoints of its own; going on from %s instead", resume, folder, checkpoint)
+        return _start(checkpoint)
     if (path / CHECKPOINTS).is_dir():
-        newest = latest(path)
-        if newest is None:
+        checkpoint = latest(path)
+        if checkpoint is None:
             raise CheckpointError(f"resume={resume}: holds no checkpoint; choose another run")
-        return _start(newest)
+        return _start(checkpoint)
     verify(path)
     log.info("resume: going on from %s", path)
     return _start(path)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from attnres.processes.ranks import GROUP_TIMEOUT
+from attnres.processes.peers import GROUP_TIMEOUT
 from attnres.training.config import TrainerConfig
 
 
@@ -91,7 +91,7 @@ def _gather(value: Any, keep: bool) -> Any:
 
 
 def _scatter(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, sharded like `like`."""
+    """This rank's shard of a whole tensor, cut as `like` is."""
     if not isinstance(like, DTensor):
         return value
     whole = value.to(like.device)

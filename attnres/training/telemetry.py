@@ -1,4 +1,4 @@
-"""What a run says about its own health: pace, use of the hardware, and sudden rises of the loss."""
+"""What a run says about its own health: progress, pace, use of the hardware, and sudden rises of the loss."""
 
 import resource
 import statistics
@@ -7,13 +7,44 @@ import time
 from collections import deque
 
 import torch
+from tqdm import tqdm
+
+
+class ProgressLine:
+    """One tqdm line on stderr: step, loss, lr, tokens/s, time left."""
+
+    def __init__(self, name: str, step: int, max_steps: int, shown: bool) -> None:
+        # Into a file, a line every ten seconds is enough.
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        self._text = [""]
+        self._bar = tqdm(
+            total=max_steps,
+            initial=step,
+            desc=name,
+            disable=not shown,
+            mininterval=interval,
+            maxinterval=interval,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar}| {postfix[0]}",
+            postfix=self._text,
+        )
+
+    def update(self, loss: float, lr: float, rate: float, eta: float) -> None:
+        """One step further: loss in nats/token, rate in tokens/s, eta in seconds or NaN."""
+        left = "--" if eta != eta else tqdm.format_interval(int(eta))
+        self._text[0] = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tok/s  ETA {left}"
+        self._bar.update(1)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 class Clock:
     """Tokens per second, share of the time spent waiting for data, and time left.
 
-    The rate counts time in training steps and data waits, not in validation or saving; the time left counts
-    all of it.
+    The rate counts the time of training steps and of waiting for data, not of validation or saving. The time left
+    counts all of them.
     """
 
     def __init__(self) -> None:
@@ -41,7 +72,7 @@ class Clock:
         self._steps += 1
 
     def duties_end(self) -> None:
-        """After validation, logging and saving: their time is nobody's wait."""
+        """After validation, logging and saving, whose time does not count as waiting for data."""
         self._mark = time.perf_counter()
         if self._steps == 1:
             # The first step carries compilation and warm-up and would spoil the estimate.

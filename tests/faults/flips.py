@@ -63,7 +63,8 @@ def no_false_alarm(base: Base, number: int) -> Outcome:
         import torch
 
         from attnres.model.loading import load_model
-        from attnres.training.checkpoint import ExportInfo, read_state, write_checkpoint
+        from attnres.training.checkpoint import read_state, write_checkpoint
+        from attnres.training.export import ExportInfo
 
         model = load_model(world.step(6))
         state = torch.load(world.step(6) / "training.ckpt", weights_only=True)

@@ -25,7 +25,8 @@ import numpy as np
 from attnres.files.provenance import git_state
 from attnres.files.run_folder import list_steps
 from attnres.files.whole_files import write_text
-from tests.faults.world import Base, Child, World, check, readable, rows, warm_up
+from tests.faults.world import Base, Child, World, check, readable, warm_up
+from tests.training.run_comparison import rows
 
 _LONG = ("trainer.log_every_steps=5", "trainer.checkpoint_every_steps=20", "trainer.val_every_steps=20")
 _LOOP_STEPS = 150
@@ -156,7 +157,7 @@ def _preempt(base: Base, seconds: float, draw: random.Random) -> dict[str, Any]:
 def _ends_alike(world: World, whole: World) -> None:
     import torch
 
-    from tests.faults.world import same
+    from tests.training.run_comparison import same
 
     assert rows(world.trained) == rows(whole.trained), "metrics differ"
     last = max(list_steps(whole.trained))

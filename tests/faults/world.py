@@ -10,7 +10,6 @@ import csv
 import json
 import logging
 import os
-import random
 import resource
 import shutil
 import signal
@@ -28,9 +27,10 @@ from attnres import faults
 from attnres.commands import probe, report, train
 from attnres.data import open_corpus
 from attnres.files.run_folder import COMPLETE, latest, list_steps, verify
+from tests.training.run_comparison import assert_same_run
+from tests.training.small_texts import write_texts
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["if", "then", "else", "def", "return", "loop", "sum", "alpha", "beta", "gamma", "delta", "x", "y", "z"]
 STEPS = 6
 _TRAIN = (
     "data=files data.vocab_size=300 data.sequence_length=16 data.validation=0.15 data.probe_pilot=0.15 "
@@ -44,10 +44,6 @@ _PROBE = (
     "threads=1 device=cpu probe.schedules=[uniform] probe.length=16 probe.documents_pilot=4 "
     "probe.documents_confirm=6 probe.batch_size=4 statistics.sign_flips=999 statistics.bootstrap=100"
 )
-# What a clock or a machine decides.
-_UNREPEATABLE = {
-    *("tokens_per_second", "tokens_per_second_per_device", "data_wait", "eta_seconds", "mfu", "peak_memory_gib"),
-}
 _TABLES = ("effects.parquet", "mass.parquet", "cells.csv", "contrasts.csv", "routing.csv")
 
 
@@ -216,11 +212,7 @@ class Base:
 
     def __init__(self, folder: Path, documents: int = 60) -> None:
         self.folder = folder
-        draw = random.Random(0)
-        (folder / "text").mkdir(parents=True, exist_ok=True)
-        for i in range(documents):
-            words = [draw.choice(WORDS) + str(draw.randrange(20)) for _ in range(120)]
-            (folder / "text" / f"{i:02}.txt").write_text(" ".join(words))
+        write_texts(folder / "text", documents)
         self.whole = World(folder, "whole")
         for command, kind in (("train", "attnres"), ("train", "vanilla"), ("probe", "attnres")):
             # One more than a run keeps, so that what goes on from here has something to fall back to and to prune.
@@ -284,32 +276,10 @@ def _read(path: Path) -> None:
         assert path.read_text().rstrip().endswith("</html>")
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without what a clock decides; losses as they were written, which is `repr`."""
-    with open(folder / "metrics.csv", newline="") as stream:
-        return [{k: v for k, v in row.items() if k not in _UNREPEATABLE} for row in csv.DictReader(stream)]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
 def same_run(world: World, whole: World) -> None:
     """The run ended with the bits of the uninterrupted one: losses, weights, optimizer, counters. No litter is left."""
-    ours, theirs = world.trained, whole.trained
-    assert rows(ours) == rows(theirs), "metrics differ"
-    assert [float(r["loss"]).hex() for r in rows(ours)] == [float(r["loss"]).hex() for r in rows(theirs)]
-    states = [torch.load(w.step(STEPS) / "training.ckpt", weights_only=True) for w in (world, whole)]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "attnres"):
-        assert same(states[0][key], states[1][key]), f"{key} differs"
-    litter = [p.name for p in (ours / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert_same_run(world.trained, whole.trained, STEPS)
+    litter = [p.name for p in (world.trained / "checkpoints").iterdir() if p.name.startswith(".")]
     assert not litter, f"left behind: {litter}"
 
 

@@ -22,7 +22,8 @@ from attnres.probe import runner
 from attnres.probe.passes import Subject
 from attnres.probe.pieces import Parts
 from attnres.probe.run import _only_probe_in
-from attnres.probe.runner import Execution, Ranks, eligibility_table, pilot_of, run_cells, run_pilot, tables_of
+from attnres.probe.runner import Execution, eligibility_table, pilot_of, run_cells, run_pilot, tables_of
+from attnres.processes.ranks import Ranks
 from attnres.processes.signals import StopSignals
 
 SPECS = [parse(text) for text in ("mask:embedding@mlp.late", "mask:current@attn.layer2", "matched:embedding@mlp.late",

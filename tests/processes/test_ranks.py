@@ -1,46 +1,28 @@
-"""A rank whose launcher is gone."""
-
-import os
-import time
-from pathlib import Path
+"""Processes that share work: alone by default, and one error for all."""
 
 import pytest
-from warm_processes import exit_code, in_child
+import torch
+from training_runs import two_ranks
 
-from attnres.errors import RankLost
-from attnres.processes.launcher import bound_to_launcher
-
-
-def rank(log: Path, fails: bool) -> None:
-    """What rank 1 does once it stands alone: a collective fails, or it goes on waiting in one."""
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    os.environ["LOCAL_RANK"] = "1"
-    parent = os.getppid()
-    try:
-        with bound_to_launcher():
-            while os.getppid() == parent:
-                time.sleep(0.01)
-            if fails:
-                raise RankLost("rank 0 died: told by the main thread")
-            time.sleep(60)
-    except RankLost as error:
-        # Unwinding takes longer than the watch takes to notice.
-        time.sleep(1.0)
-        os.write(2, str(error).encode())
-    os._exit(RankLost.code)
+from attnres.errors import AttnResError, DataError
+from attnres.processes.ranks import Ranks
 
 
-def launcher(log: str, fails: bool) -> None:
-    if os.fork() == 0:
-        rank(Path(log), fails)
-    time.sleep(0.3)
+def shared_work() -> None:
+    """What each of two processes does: rank 1 fails, and both must end with its error."""
+    ranks = Ranks.launch(2, "cpu")
+    assert ranks.size == 2 and ranks.device == torch.device("cpu")
+    ranks.agree()
+    ranks.agree(DataError("of rank 1") if ranks.rank == 1 else None)
 
 
-@pytest.mark.parametrize(("fails", "told"), [(True, "told by the main thread"), (False, "error: rank 0 died")])
-def test_rank_says_that_its_launcher_died_before_it_ends(tmp_path: Path, fails: bool, told: str) -> None:
-    log = tmp_path / "log"
-    assert exit_code(in_child(launcher, str(log), fails)) == 0
-    deadline = time.monotonic() + 20
-    while told not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert told in log.read_text()
+def test_ranks_raise_the_error_of_one_in_all() -> None:
+    assert two_ranks(shared_work) == [DataError.code] * 2
+
+
+def test_ranks_of_one_process_need_no_group() -> None:
+    ranks = Ranks.launch(1, "cpu")
+    assert (ranks.rank, ranks.size, ranks.device) == (0, 1, None)
+    ranks.agree()
+    with pytest.raises(AttnResError, match="mine"):
+        ranks.agree(AttnResError("mine"))

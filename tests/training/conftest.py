@@ -1,13 +1,13 @@
-"""One small corpus for all training tests."""
+"""One small corpus and one finished run for all training tests."""
 
-import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-WORDS = ["if", "then", "else", "def", "return", "loop", "sum", "alpha", "beta", "gamma", "delta", "x", "y", "z"]
+from small_texts import write_texts
+from training_runs import run, settings
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,12 +18,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """`data:` of a configuration over some generated text files."""
-    folder: Path = tmp_path_factory.mktemp("text")
-    (folder / "text").mkdir()
-    draw = random.Random(0)
-    for i in range(60):
-        words = [draw.choice(WORDS) + str(draw.randrange(20)) for _ in range(120)]
-        (folder / "text" / f"{i:02}.txt").write_text(" ".join(words))
+    folder = tmp_path_factory.mktemp("text")
+    write_texts(folder / "text")
     return {
         "source": "files",
         "paths": [str(folder / "text")],
@@ -32,3 +28,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "validation": 0.15,
         "cache_dir": str(folder / "cache"),
     }
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Path:
+    """A finished run of `settings(..., data)`, with checkpoints of steps 4 and 6; nobody changes it."""
+    return run(settings(tmp_path_factory.mktemp("original"), data))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage, where `settings(tmp_path, data)` finds it."""
+    return shutil.copytree(original, tmp_path / original.name)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import run, same, settings, state
+from run_comparison import same, state
+from training_runs import run, settings
 
 from attnres.errors import StorageError
 from attnres.files.run_folder import list_steps, verify

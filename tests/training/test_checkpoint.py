@@ -9,28 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import run, settings, state
+from run_comparison import state
+from training_runs import run, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres.data import DataConfig, prepare
 from attnres.errors import CheckpointError, NumericsError, StorageError
 from attnres.files.run_folder import latest, list_steps, verify
 from attnres.training import checkpoint as checkpoint_module
-from attnres.training.checkpoint import ExportInfo, clean, prune, write_checkpoint
+from attnres.training.checkpoint import prune, remove_leftovers, write_checkpoint
+from attnres.training.export import ExportInfo
 from attnres.training.models import build_model, model_config
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Path:
-    """A finished run with checkpoints of steps 4 and 6."""
-    return run(settings(tmp_path_factory.mktemp("checkpoint"), data))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
-    shutil.copytree(original, tmp_path / original.name)
-    return tmp_path / original.name
 
 
 @pytest.fixture
@@ -190,16 +179,16 @@ def test_write_checkpoint_replaces_an_older_folder(tmp_path: Path, write: Any) -
 def test_prune_keeps_the_last_and_never_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 9):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-    prune(tmp_path, newest=4, keep=2)
+    prune(tmp_path, newest=4, keep=2, permanent=lambda step: False)
     assert list(list_steps(tmp_path)) == [3, 4, 9]
-    prune(tmp_path, newest=4, keep=1)
+    prune(tmp_path, newest=4, keep=1, permanent=lambda step: False)
     assert list(list_steps(tmp_path)) == [4, 9]
-    prune(tmp_path, newest=3, keep=1)
+    prune(tmp_path, newest=3, keep=1, permanent=lambda step: False)
     assert list(list_steps(tmp_path)) == [4, 9]
 
 
-def test_clean_removes_temporary_folders_only(tmp_path: Path) -> None:
+def test_remove_leftovers_removes_temporary_folders_only(tmp_path: Path) -> None:
     for name in (".tmp-step_00000002", ".trash-step_00000001", "step_00000001"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

@@ -1,4 +1,4 @@
-"""What a run will need, against what a run needs."""
+"""What a run is estimated to need, against what it needs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from attnres.commands import plan as plan_command
 from attnres.config import build
 from attnres.errors import ConfigError
 from attnres.training.config import TrainConfig
-from attnres.training.cost import ClusterConfig, Plan, describe, make_plan, saved_bytes
+from attnres.training.cost import ClusterConfig, CostEstimate, describe, estimate_cost, saved_bytes
 from attnres.training.models import KINDS, build_model, model_config
 
 
@@ -21,31 +21,31 @@ def tiny(**changes: Any) -> TrainConfig:
     return build(TrainConfig, settings(Path("unused"), data, **changes))
 
 
-def plan(gpus: int = 1, **changes: Any) -> Plan:
-    return make_plan(tiny(**changes), ClusterConfig(gpus=gpus))
+def cost(gpus: int = 1, **changes: Any) -> CostEstimate:
+    return estimate_cost(tiny(**changes), ClusterConfig(gpus=gpus))
 
 
-def test_plan_counts_what_the_run_is_made_of() -> None:
+def test_estimate_counts_what_the_run_is_made_of() -> None:
     config = tiny()
     model = build_model(model_config(config.model, 300, 0, 16), 0)
-    found = plan()
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert found.routing_parameters == sum(p.numel() for n, p in model.named_parameters() if "_res_" in n)
-    assert (found.tokens, found.tokens_per_step, found.accumulation) == (6 * 64, 64, 1)
+    estimate = cost()
+    assert estimate.parameters == sum(p.numel() for p in model.parameters())
+    assert estimate.routing_parameters == sum(p.numel() for n, p in model.named_parameters() if "_res_" in n)
+    assert (estimate.tokens, estimate.tokens_per_step, estimate.accumulation) == (6 * 64, 64, 1)
     # Reads of one source learn nothing.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found.memory["optimizer (two fp32 moments)"] == 8 * trained
-    assert found.tokens_per_second == pytest.approx(0.4 * 989e12 / found.flops_per_token)
-    assert found.seconds == pytest.approx(found.tokens / found.tokens_per_second)
+    assert estimate.memory["optimizer (two fp32 moments)"] == 8 * trained
+    assert estimate.tokens_per_second == pytest.approx(0.4 * 989e12 / estimate.flops_per_token)
+    assert estimate.seconds == pytest.approx(estimate.tokens / estimate.tokens_per_second)
 
 
-def test_plan_of_a_sharded_run_divides_what_is_sharded() -> None:
+def test_estimate_of_a_sharded_run_divides_what_is_sharded() -> None:
     changes = {"trainer__global_batch_size": 8}
-    whole, sharded = plan(2, trainer__strategy="ddp", **changes), plan(2, trainer__strategy="fsdp2", **changes)
+    whole, sharded = cost(2, trainer__strategy="ddp", **changes), cost(2, trainer__strategy="fsdp2", **changes)
     for name in ("parameters (fp32)", "gradients (fp32)", "optimizer (two fp32 moments)"):
         assert sharded.memory[name] == whole.memory[name] / 2
     assert sharded.memory["activations"] == whole.memory["activations"]
-    less = plan(2, trainer__gradient_checkpointing=True, **changes)
+    less = cost(2, trainer__gradient_checkpointing=True, **changes)
     assert less.memory["activations"] < 0.7 * whole.memory["activations"]
 
 
@@ -68,29 +68,29 @@ def test_plan_command_prints_the_cluster_run(monkeypatch: pytest.MonkeyPatch, ca
         plan_command.main()
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for told in ("attnres_0p6b on 16 x h100, fsdp2, bf16-mixed", "10,485,760,000", "of 79: fits", "GPU hours"):
-        assert told in printed
+    for text in ("attnres_0p6b on 16 x h100, fsdp2, bf16-mixed", "10,485,760,000", "of 79: fits", "GPU hours"):
+        assert text in printed
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: plan(3), "expected a multiple of micro_batch_size x ranks = 4 x 3"),
+        (lambda: cost(3), "expected a multiple of micro_batch_size x ranks = 4 x 3"),
         (lambda: ClusterConfig(gpu="h900"), "gpu: expected one of b200, h200"),
         (lambda: ClusterConfig(mfu=40), "mfu: expected a fraction"),
     ],
 )
-def test_plan_refuses(make: Callable[[], Any], message: str) -> None:
+def test_estimate_refuses(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
 
 def test_describe_says_when_it_does_not_fit() -> None:
     config, cluster = tiny(), ClusterConfig(gpus=1, gpu="mine", peak_tflops=1.0, memory_gib=1e-4)
-    assert "DOES NOT FIT" in describe(config, cluster, make_plan(config, cluster))
+    assert "DOES NOT FIT" in describe(config, cluster, estimate_cost(config, cluster))
 
 
-def test_plan_allocates_nothing() -> None:
+def test_estimate_allocates_nothing() -> None:
     # 10**12 bytes of embedding.
-    found = make_plan(tiny(model__vocab_size=2**33), ClusterConfig(gpus=1))
-    assert found.parameters > 2**33 * 32
+    estimate = estimate_cost(tiny(model__vocab_size=2**33), ClusterConfig(gpus=1))
+    assert estimate.parameters > 2**33 * 32

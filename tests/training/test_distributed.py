@@ -8,17 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import (
-    KILLED,
-    child_rank,
-    rows,
-    run,
-    same,
-    sample_ids,
-    settings,
-    state,
-    two_ranks,
-)
+from run_comparison import assert_same_run, rows, state
+from training_runs import KILLED, child_rank, run, sample_ids, settings, two_ranks
 from warm_processes import exit_code, in_child
 
 from attnres.files.run_folder import list_steps
@@ -111,12 +102,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Runs
 @pytest.mark.parametrize("case", BITWISE, ids=lambda case: f"{case[0]}-accumulate{case[1]}-workers{case[2]}")
 def test_train_on_two_ranks_resumes_bitwise_after_sigkill(runs: Runs, case: tuple[str, int, int]) -> None:
     resumed, whole = runs.resumed[case], runs.whole[case]
-    assert rows(resumed) == rows(whole) and len(rows(whole)) == STEPS
-    assert [float(row["loss"]).hex() for row in rows(resumed)] == [float(row["loss"]).hex() for row in rows(whole)]
+    assert_same_run(resumed, whole, STEPS)
     assert sample_ids(resumed.parent, 2) == sample_ids(whole.parent, 2)
-    ours, theirs = state(resumed, STEPS), state(whole, STEPS)
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "attnres"):
-        assert same(ours[key], theirs[key]), key
 
 
 def assert_close(folder: Path, one: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from training_runs import rows, run, settings, state
+from run_comparison import rows, state
+from training_runs import run, settings
 
+from attnres.commands.door import run_command
 from attnres.config import build
 from attnres.errors import CheckpointError, ConfigError, DataError, NumericsError
 from attnres.files.run_folder import list_steps
@@ -22,19 +24,6 @@ from attnres.training.config import LoggerConfig, TrainConfig
 from attnres.training.loggers import CsvLogger, WandbLogger
 from attnres.training.module import CausalLMModule
 from attnres.training.telemetry import Clock
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Path:
-    """A finished run."""
-    return run(settings(tmp_path_factory.mktemp("fit"), data))
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy of it, where `settings(tmp_path, data)` finds it."""
-    shutil.copytree(original, tmp_path / original.name)
-    return tmp_path / original.name
 
 
 @pytest.fixture
@@ -125,8 +114,8 @@ def test_train_lists_what_differs_in_a_checkpoint_from_elsewhere(
     changed = settings(tmp_path, data, resume=str(original), seed=5, optim__lr=1e-4, model__hidden_size=64)
     with pytest.raises(CheckpointError) as error:
         run(changed)
-    for part in ("seed: 0 there, 5 here", "optim.lr: 0.003 there, 0.0001 here", "model.hidden_size: 32 there"):
-        assert part in str(error.value)
+    for difference in ("seed: 0 there, 5 here", "optim.lr: 0.003 there, 0.0001 here", "model.hidden_size: 32 there"):
+        assert difference in str(error.value)
     assert "runs_dir" not in str(error.value)
     with pytest.raises(CheckpointError, match="no such folder"):
         run(settings(tmp_path, data, resume=str(tmp_path / "nowhere")))
@@ -164,7 +153,7 @@ def test_train_checks_data_before_the_model(
     def unexpected(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("built before the data was checked")
 
-    monkeypatch.setattr(fit, "build_model", unexpected)
+    monkeypatch.setattr(fit, "initial_model", unexpected)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError):
         run(settings(tmp_path, data | {"paths": [str(tmp_path / "none")]}))
@@ -191,8 +180,7 @@ def test_train_stops_at_a_non_finite_value_and_saves_nothing_of_it(
         loss = step(self, batch, batch_idx)
         if self.trainer.global_step == 3 and len(self._micro) == 2:
             if what == "loss":
-                total, count, ids = self._micro[-1]
-                self._micro[-1] = (total * torch.nan, count, ids)
+                self._micro[-1] = self._micro[-1]._replace(nll=self._micro[-1].nll * torch.nan)
             return loss * torch.inf
         return loss
 
@@ -206,6 +194,25 @@ def test_train_stops_at_a_non_finite_value_and_saves_nothing_of_it(
     assert list(list_steps(folder)) == [2]
     assert all(value.isfinite().all() for value in state(folder, 2)["state_dict"].values())
     assert not (folder / "complete.json").exists()
+
+
+def test_train_says_out_of_memory_only_of_memory(
+    tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails_with(error: Exception) -> tuple[int, str]:
+        def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
+            raise error
+
+        monkeypatch.setattr(CausalLMModule, "training_step", training_step)
+        code = run_command(lambda: print(run(settings(tmp_path, data))))
+        return code, capsys.readouterr().err
+
+    code, message = fails_with(torch.OutOfMemoryError("tried to allocate 7 GiB"))
+    assert code == 2 and "out of memory (tried to allocate 7 GiB); lower trainer.micro_batch_size" in message
+    # A subclass of RuntimeError with a remedy of its own.
+    code, message = fails_with(torch.distributed.DistBackendError("NCCL error: unhandled system error"))
+    assert code == 1 and "DistBackendError: NCCL error: unhandled system error" in message
+    assert "out of memory" not in message
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no server"), SystemExit(1)])
@@ -251,7 +258,7 @@ def test_wandb_without_a_server_logs_offline(tmp_path: Path, monkeypatch: pytest
     fake.Settings.model_fields = {}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    logger = WandbLogger(LoggerConfig(wandb="online"), tmp_path, "id", {})
+    logger = WandbLogger(LoggerConfig(wandb="online"), tmp_path, {})
     logger.log_metrics({"loss": 1.5}, step=3)
     logger.finalize("success")
     assert logged == [(3, 1.5), 0]

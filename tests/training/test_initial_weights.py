@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import rows, run, same, settings, state
+from run_comparison import rows, same, state
+from training_runs import run, settings
 
 from attnres import load_model
 from attnres.config import build, decisive, to_plain
@@ -14,8 +15,8 @@ from attnres.data import prepare
 from attnres.errors import AttnResError, CheckpointError, ConfigError
 from attnres.model.locate import locate
 from attnres.training.config import TrainConfig, config_hash, run_folder
-from attnres.training.initial_weights import freeze, resolve_base, start_from
-from attnres.training.models import build_model, model_config
+from attnres.training.initial_weights import initial_model, resolve_base
+from attnres.training.models import build_model
 from attnres.training.module import nll_sum
 
 UNIFORM = {"model__attnres_exact_uniform": True}
@@ -31,7 +32,7 @@ def vanilla(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> P
 
 
 def control(vanilla: Path, data: dict[str, Any], folder: Path, wrap: str | None = "uniform", **changes: Any) -> dict:
-    """Settings of an AttnRes run that starts from the vanilla one."""
+    """Configuration of an AttnRes run that starts from the vanilla run."""
     changes = EPS | (UNIFORM if wrap == "uniform" else {}) | changes
     return settings(folder, data, **{"init": {"base": str(vanilla), "wrap": wrap}} | changes)
 
@@ -39,13 +40,8 @@ def control(vanilla: Path, data: dict[str, Any], folder: Path, wrap: str | None 
 def started(plain: dict[str, Any]) -> torch.nn.Module:
     """The model of a run in front of its first step."""
     config, base = resolve_base(build(TrainConfig, plain))
-    corpus = prepare(config.data)
-    architecture = model_config(config.model, corpus.vocab_size, corpus.eos_id, config.data.sequence_length)
-    model = build_model(architecture, config.seed)
     assert base is not None
-    start_from(model, base, config.init.wrap)
-    freeze(model, config.trainable)
-    return model
+    return initial_model(config, prepare(config.data), base)
 
 
 def batch(plain: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -163,7 +159,7 @@ def test_folder_of_a_run_without_a_base_does_not_depend_on_these_keys(data, tmp_
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
         ({"init": {"base": "no/such/run", "wrap": "uniform"}}, CheckpointError, "no such file"),
         ({"init": {"base": None, "wrap": "uniform"}}, ConfigError, r"init\.wrap: 'uniform' needs init\.base"),
@@ -177,8 +173,8 @@ def test_folder_of_a_run_without_a_base_does_not_depend_on_these_keys(data, tmp_
         ({"wrap": None}, CheckpointError, r"set init\.wrap to uniform"),
     ],
 )
-def test_base_that_does_not_fit_is_refused(vanilla, data, tmp_path, changes, error, told):
-    with pytest.raises(error, match=told) as caught:
+def test_base_that_does_not_fit_is_refused(vanilla, data, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message) as caught:
         started(control(vanilla, dict(data), tmp_path, **changes))
     assert caught.value.code in (2, 4) and "\n" not in str(caught.value)
 
@@ -188,9 +184,9 @@ def test_base_that_is_damaged_or_still_training_is_refused(vanilla, data, tmp_pa
     step = copy / "checkpoints" / "step_00000006"
     digest = locate(str(copy)).digest
 
-    def refused(base: Path, told: str, **init: Any) -> None:
+    def refused(base: Path, message: str, **init: Any) -> None:
         plain = control(vanilla, data, tmp_path, init={"base": str(base), "wrap": "uniform", **init})
-        with pytest.raises(AttnResError, match=told):
+        with pytest.raises(AttnResError, match=message):
             resolve_base(build(TrainConfig, plain))
 
     refused(copy, r"init\.digest says", digest="0123")

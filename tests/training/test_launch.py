@@ -155,15 +155,15 @@ def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
             os.killpg(first.pid, signal.SIGUSR1)
             break
         time.sleep(0.05)
-    _, told = first.communicate(timeout=900)
-    assert first.returncode == 75, told
+    _, output = first.communicate(timeout=900)
+    assert first.returncode == 75, output
     assert requeued.read_text() == f"requeue {job}\n"
     folder = only_run(tmp_path)
     assert not (folder / "complete.json").exists()
 
     second = submit()
-    _, told = second.communicate(timeout=900)
-    assert second.returncode == 0, told
+    _, output = second.communicate(timeout=900)
+    assert second.returncode == 0, output
     assert requeued.read_text() == f"requeue {job}\n"
     assert only_run(tmp_path) == folder
     assert json.loads((folder / "complete.json").read_text())["step"] == STEPS

@@ -1,14 +1,14 @@
 """The NLL without all logits: the value and every gradient of the plain loss."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from run_comparison import rows
 from torch import Tensor
-from training_runs import rows, run, settings
+from training_runs import run, settings
 
 from attnres.config import build
 from attnres.errors import ConfigError
@@ -70,15 +70,15 @@ def test_nll_sum_of_a_model_is_the_same_either_way(kind: str) -> None:
     labels[:, 3] = -100
     positions = torch.cat([torch.arange(4), torch.arange(8)]).expand(2, -1)
     batch = {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for loss in ("plain", "chunked"):
         model.zero_grad()
         total, count = nll_sum(model, batch, loss)  # type: ignore[arg-type]
         total.backward()
-        found[loss] = [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        results[loss] = [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
         assert count == 2 * 11
-    assert len(found["plain"]) == len(found["chunked"]) > 10
-    for ours, plain in zip(found["chunked"], found["plain"], strict=True):
+    assert len(results["plain"]) == len(results["chunked"]) > 10
+    for ours, plain in zip(results["chunked"], results["plain"], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -95,19 +95,6 @@ def test_train_with_chunked_loss_is_the_same_run(tmp_path: Path, data: dict[str,
     for ours, theirs in zip(chunked, plain, strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), abs=2e-6)
         assert float(ours["val_loss"] or 0) == pytest.approx(float(theirs["val_loss"] or 0), abs=2e-6)
-
-
-@pytest.mark.parametrize(
-    ("loss", "module", "package"),
-    [("liger", "liger_kernel", "liger-kernel"), ("cce", "cut_cross_entropy", "cut-cross")],
-)
-def test_linear_nll_names_the_missing_package(
-    monkeypatch: pytest.MonkeyPatch, loss: str, module: str, package: str
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setitem(sys.modules, f"{module}.transformers", None)
-    with pytest.raises(ConfigError, match=f"trainer.loss: {loss} needs {package}"):
-        linear_nll(*problem("none"), loss)  # type: ignore[arg-type]
 
 
 def test_config_refuses_the_loss_that_adds_up_in_bf16(tmp_path: Path, data: dict[str, Any]) -> None:

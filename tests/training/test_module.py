@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from run_comparison import rows, state
 from torch import Tensor
 from torch.utils.data import DataLoader
-from training_runs import rows, run, settings, state
+from training_runs import run, settings
 
 from attnres.depth.plan import DepthPlan
 from attnres.errors import DataError, NumericsError

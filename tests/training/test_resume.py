@@ -6,17 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import (
-    KILLED,
-    child_killed_in,
-    child_run,
-    child_signalled_at,
-    rows,
-    run,
-    same,
-    settings,
-    state,
-)
+from run_comparison import assert_same_run, rows, state
+from training_runs import KILLED, child_killed_in, child_run, child_signalled_at, run, settings
 from warm_processes import exit_code, in_child
 
 from attnres.errors import Stopped
@@ -39,21 +30,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> dic
     }
 
 
-@pytest.fixture(scope="module")
-def undropped(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Path:
-    """An uninterrupted run without dropout: how its batches are split may not matter."""
-    return run(settings(tmp_path_factory.mktemp("undropped"), data))
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    assert rows(folder) == rows(reference)
-    assert [float(row["loss"]).hex() for row in rows(folder)] == [float(r["loss"]).hex() for r in rows(reference)]
-    assert len(rows(folder)) == 6
-    ours, theirs = state(folder, 6), state(reference, 6)
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "attnres"):
-        assert same(ours[key], theirs[key]), key
-
-
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_train_resumes_bitwise_after_sigkill(
     tmp_path: Path, data: dict[str, Any], whole: dict[int, Path], accumulate: int, workers: int
@@ -65,7 +41,7 @@ def test_train_resumes_bitwise_after_sigkill(
     folder = tmp_path / whole[accumulate].name
     assert list(list_steps(folder)) == [2]
     assert exit_code(in_child(child_run, plain)) == 0
-    assert_same_run(folder, whole[accumulate])
+    assert_same_run(folder, whole[accumulate], 6)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +49,7 @@ def test_train_resumes_bitwise_after_sigkill(
     [
         ("attnres.training.checkpoint", "export_model", 1, []),
         ("attnres.training.checkpoint", "_write_manifest", 2, [2]),
-        ("attnres.training.callbacks", "prune", 2, [2, 4]),
+        ("attnres.training.step_duties", "prune", 2, [2, 4]),
     ],
 )
 @pytest.mark.parametrize("background", [False, True])
@@ -94,7 +70,7 @@ def test_train_resumes_bitwise_when_killed_while_saving(
     for path in list_steps(folder).values():
         verify(path)
     assert exit_code(in_child(child_run, plain)) == 0
-    assert_same_run(folder, whole[1])
+    assert_same_run(folder, whole[1], 6)
     assert not [p for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
@@ -108,17 +84,17 @@ def test_train_stops_with_75_at_a_step_boundary_and_resumes(
     assert list(list_steps(folder)) == [2, 3]
     assert not (folder / "complete.json").exists()
     assert exit_code(in_child(child_run, plain)) == 0
-    assert_same_run(folder, whole[2])
+    assert_same_run(folder, whole[2], 6)
 
 
 def test_train_resumes_with_other_micro_batches_in_the_same_folder(
-    tmp_path: Path, data: dict[str, Any], undropped: Path
+    tmp_path: Path, data: dict[str, Any], original: Path
 ) -> None:
     # Six micro-batches were made by step 3: no multiple of the four that a step takes afterwards.
     folder = run(settings(tmp_path, data, trainer__micro_batch_size=2, trainer__checkpoint_every_steps=3))
     shutil.rmtree(folder / "checkpoints" / "step_00000006")
     assert run(settings(tmp_path, data, trainer__micro_batch_size=1)) == folder
     assert state(folder, 6)["global_step"] == 6
-    for ours, theirs in zip(rows(folder), rows(undropped), strict=True):
+    for ours, theirs in zip(rows(folder), rows(original), strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), abs=2e-6)
         assert ours["tokens"] == theirs["tokens"]

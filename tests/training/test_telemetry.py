@@ -1,4 +1,4 @@
-"""What a run keeps and tells: permanent checkpoints, the model card, pace, and loss spikes."""
+"""What a run keeps and logs: permanent checkpoints, the model card, pace, and loss spikes."""
 
 import csv
 import json
@@ -78,14 +78,14 @@ def test_export_has_a_model_card(folder: Path) -> None:
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     data, training = (json.loads((export / f"{name}.json").read_text()) for name in ("data", "training"))
-    for told in (
+    for text_on_card in (
         data["fingerprint"],
         "python train.py",
         f"{6 * 64:,}",
         f"{training['val_loss']:.4f}",
         "import attnres",
     ):
-        assert told in text
+        assert text_on_card in text
     assert "model/README.md" in verify(export.parent)["files"]
 
 
@@ -96,7 +96,7 @@ def test_spike_detector_tells_a_jump_from_noise() -> None:
     assert not any(detector.rise(loss) for loss in falling)
     rise = detector.rise(4.0)
     assert rise == pytest.approx(1.0, abs=0.15)
-    # Told once, not at every step until the loss is back.
+    # Once, not at every step until the loss is back.
     assert detector.rise(4.0) is None
     young = SpikeDetector()
     assert [young.rise(loss) for loss in (9.0, 1.0, 9.0)] == [None] * 3
@@ -114,8 +114,7 @@ def test_train_alerts_at_a_loss_spike_and_goes_on(
     def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
         loss = step(self, batch, batch_idx)
         if self.trainer.global_step == 17:
-            total, count, ids = self._micro[-1]
-            self._micro[-1] = (total * 2, count, ids)
+            self._micro[-1] = self._micro[-1]._replace(nll=self._micro[-1].nll * 2)
         return loss
 
     monkeypatch.setattr(CausalLMModule, "training_step", training_step)
@@ -143,7 +142,7 @@ def test_loggers_take_tables_and_alerts(tmp_path: Path, monkeypatch: pytest.Monk
     fake.Settings.model_fields = {}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     table = [{"tokens": 7, "family": "older", "mass": 0.5}, {"tokens": 7, "family": "recent", "mass": 0.25}]
-    for logger in (WandbLogger(LoggerConfig(), tmp_path, "id", {}), CsvLogger(tmp_path / "metrics.csv", 0)):
+    for logger in (WandbLogger(LoggerConfig(), tmp_path, {}), CsvLogger(tmp_path / "metrics.csv", 0)):
         logger.log_table("routing", table, step=3)
         logger.alert("Loss spike", "at step 3")
     columns = ["tokens", "family", "mass"]

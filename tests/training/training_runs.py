@@ -1,6 +1,5 @@
 """Tiny runs for the tests of this folder, in this process or in a child that may be killed."""
 
-import csv
 import importlib
 import os
 import signal
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from warm_processes import exit_code, in_child
 
 from attnres.config import build
@@ -17,15 +15,6 @@ from attnres.training.config import TrainConfig
 from attnres.training.fit import train
 from attnres.training.module import CausalLMModule
 
-# What a clock or a machine decides.
-UNREPEATABLE = {
-    "tokens_per_second",
-    "tokens_per_second_per_device",
-    "data_wait",
-    "eta_seconds",
-    "mfu",
-    "peak_memory_gib",
-}
 KILLED = -signal.SIGKILL
 
 
@@ -75,29 +64,6 @@ def settings(folder: Path, data: dict[str, Any], kind: str = "attnres", **change
 def run(plain: dict[str, Any]) -> Path:
     """Trains in this process."""
     return train(build(TrainConfig, plain), "python train.py")
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without what a clock decides."""
-    with open(folder / "metrics.csv", newline="") as stream:
-        return [{k: v for k, v in row.items() if k not in UNREPEATABLE} for row in csv.DictReader(stream)]
-
-
-def state(folder: Path, step: int) -> dict[str, Any]:
-    """Lightning's state of a checkpoint."""
-    path = folder / "checkpoints" / f"step_{step:08d}" / "training.ckpt"
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def child_run(plain: dict[str, Any]) -> None:

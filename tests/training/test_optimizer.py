@@ -1,6 +1,5 @@
-"""Parameter groups and schedule."""
+"""Which parameters are decayed, and what may not be trained."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from training_runs import settings
 
 from attnres.training.config import OptimConfig
 from attnres.training.models import build_model, model_config
-from attnres.training.optim import build_optimizer, lr_multiplier, parameter_groups
+from attnres.training.optimizer import build_optimizer, parameter_groups
 
 
 @pytest.mark.parametrize("kind", ["attnres", "vanilla"])
@@ -39,18 +38,3 @@ def test_parameter_groups_decay_matrices_only(tmp_path: Path, data: dict[str, An
 def test_build_optimizer_refuses_low_precision_master_weights() -> None:
     with pytest.raises(ValueError, match="expected fp32 master weights, got torch.bfloat16"):
         build_optimizer(torch.nn.Linear(2, 2).bfloat16(), OptimConfig(), torch.device("cpu"))
-
-
-def test_lr_multiplier_closed_form() -> None:
-    factor = lr_multiplier(OptimConfig(warmup_steps=4, min_lr_ratio=0.1), max_steps=11)
-    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert factor(4) == 1.0
-    assert factor(7) == pytest.approx(0.55)
-    assert factor(6) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 3)))
-    assert factor(10) == pytest.approx(0.1)
-    assert factor(11) == pytest.approx(0.1)
-
-
-def test_lr_multiplier_without_warmup_or_decay() -> None:
-    assert lr_multiplier(OptimConfig(warmup_steps=0), max_steps=1)(0) == pytest.approx(0.1)
-    assert lr_multiplier(OptimConfig(warmup_steps=3), max_steps=3)(2) == 1.0

@@ -1,7 +1,5 @@
-"""The optimizer and its schedule: AdamW in groups with and without decay, warm-up and cosine."""
+"""The optimizer: AdamW over parameters with and without weight decay. Its schedule is in `learning_rate.py`."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +29,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
     """AdamW over `parameter_groups`; fused where the device has it.
 
     Raises:
-        ValueError: a trained parameter is not fp32. Lower precision comes from autocast only: in bf16,
-        weights near 1
-            never move and neither do Adam's moments.
+        ValueError: a trained parameter is not fp32. Lower precision comes from autocast only: in bf16, steps of usual
+            size round to nothing on weights near 1 and on Adam's moments.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -45,21 +42,3 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         eps=config.eps,
         fused=device.type in ("cpu", "cuda"),
     )
-
-
-def lr_multiplier(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
-    """The factor on `lr` for the optimizer step with 0-based index `step`.
-
-    Linear from 1/warmup to 1 over the warm-up; then `r + (1-r) (1 + cos(pi x)) / 2`, where x runs from 0 at
-    the first step after the warm-up to 1 at the last step, so that the last step uses exactly `r =
-    min_lr_ratio`.
-    """
-
-    def multiplier(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        span = max_steps - 1 - config.warmup_steps
-        progress = min(1.0, (step - config.warmup_steps) / span) if span > 0 else 1.0
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return multiplier
