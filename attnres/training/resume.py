@@ -60,8 +60,8 @@ def choose_start(config: TrainConfig, folder: Path) -> Start:
 
     `auto` takes the run's newest intact checkpoint, or the beginning; `must` insists on a checkpoint; `never`
     insists on an empty folder. A path (step folder, its `training.ckpt`, or a run folder) seeds a run that
-    has no checkpoint of its own yet; once it has, those go on, so that the same command survives a requeue. A
-    path inside the run's own folder always wins.
+    has no checkpoint of its own yet; a run that has goes on from its own, so that the same command survives a requeue.
+    A path inside the run's own folder always wins.
 
     Raises:
         ConfigError: `never` and there are checkpoints.
