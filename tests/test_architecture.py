@@ -19,7 +19,7 @@ ARROWS = {
     "model": {"ops", "depth", "files"},
     "data": {"config", "files"},
     "tables": {"depth", "files"},
-    "interventions": {"config", "model", "depth", "data", "probe", "tables"},
+    "interventions": {"config", "model", "depth", "data", "tables"},
     "statistics": {"config", "depth", "files", "tables"},
     "training": {"ops", "depth", "model", "data", "config", "files", "processes"},
     "probe": {"ops", "depth", "model", "data", "config", "files", "processes", "tables", "interventions", "statistics",
