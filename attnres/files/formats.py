@@ -26,6 +26,6 @@ def check_format(
     Raises:
         AttnResError: `refusal`, in one line.
     """
-    found = plain.get(KEY, 1)
-    if found != version:
-        raise refusal(f"{where}: format {found!r}, this version reads format {version}; {remedy}")
+    named = plain.get(KEY, 1)
+    if named != version:
+        raise refusal(f"{where}: format {named!r}, this version reads format {version}; {remedy}")

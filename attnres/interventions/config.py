@@ -14,7 +14,7 @@ _of_a_member = partial(key, may_differ=True)
 
 def _names(value: str | tuple[str, ...], known: tuple[str, ...], where: str) -> tuple[str, ...]:
     """`all`, one name, names joined by commas, or a tuple of names -> the names, in canonical order."""
-    given = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    given = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
     given = known if given == ("all",) else given
     for name in given:
         require(name in known, f"probe.{where}: expected all or some of {', '.join(known)}, received {name!r}")
@@ -24,7 +24,7 @@ def _names(value: str | tuple[str, ...], known: tuple[str, ...], where: str) -> 
 
 def _split(value: str | tuple[str, ...]) -> tuple[str, ...]:
     """Names joined by commas, or a tuple of names -> the names, each once."""
-    given = tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    given = tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
     return tuple(dict.fromkeys(given))
 
 
