@@ -28,6 +28,7 @@ from attnres import faults
 from attnres.commands import probe, report, train
 from attnres.data import open_corpus
 from attnres.files.run_folder import COMPLETE, latest, list_steps, verify
+from tests.runs_compared import rows, same
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["if", "then", "else", "def", "return", "loop", "sum", "alpha", "beta", "gamma", "delta", "x", "y", "z"]
@@ -44,10 +45,6 @@ _PROBE = (
     "threads=1 device=cpu probe.schedules=[uniform] probe.length=16 probe.documents_pilot=4 "
     "probe.documents_confirm=6 probe.batch_size=4 statistics.sign_flips=999 statistics.bootstrap=100"
 )
-# What a clock or a machine decides.
-_UNREPEATABLE = {
-    *("tokens_per_second", "tokens_per_second_per_device", "data_wait", "eta_seconds", "mfu", "peak_memory_gib"),
-}
 _TABLES = ("effects.parquet", "mass.parquet", "cells.csv", "contrasts.csv", "routing.csv")
 
 
@@ -89,7 +86,7 @@ class Child:
             os.kill(self.pid, number)
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
         # The child itself makes the file, a moment after it was started.
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
@@ -226,7 +223,8 @@ class Base:
             # One more than a run keeps, so that what goes on from here has something to fall back to and to prune.
             child = self.whole.run(command, *(["trainer.keep_last=3"] if command == "train" else []), kind=kind)
             if child.code != 0:
-                raise RuntimeError(f"the undisturbed {command} of {kind} ended with {child.code}: {child.told[-3000:]}")
+                why = f"ended with {child.code}: {child.output[-3000:]}"
+                raise RuntimeError(f"the undisturbed {command} of {kind} {why}")
 
     def world(self, name: str, start: str = "empty") -> World:
         """A fresh world: `empty`, `half` (checkpoints 2 and 4, as after a kill), `trained` (both), or `probed`."""
@@ -245,7 +243,7 @@ class Base:
 def check(action: Callable[[], Any], world: World) -> str:
     """Runs a check in a child, so that this process stays without threads; "" or what is wrong."""
     child = fork(action, world.folder / "logs" / "check.log")
-    return "" if child.wait() == 0 else child.told.strip()[-1500:]
+    return "" if child.wait() == 0 else child.output.strip()[-1500:]
 
 
 def readable(world: World) -> None:
@@ -282,23 +280,6 @@ def _read(path: Path) -> None:
         pd.read_csv(path)
     elif path.name == "report.html":
         assert path.read_text().rstrip().endswith("</html>")
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without what a clock decides; losses as they were written, which is `repr`."""
-    with open(folder / "metrics.csv", newline="") as stream:
-        return [{k: v for k, v in row.items() if k not in _UNREPEATABLE} for row in csv.DictReader(stream)]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def same_run(world: World, whole: World) -> None:
