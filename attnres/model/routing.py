@@ -117,7 +117,8 @@ def open_block(
 ) -> DepthState:
     """At the first read of a block: push the running state as a finished source, reset it, and score the block's reads.
 
-    In front of the very first block there is nothing to push, and inside a block nothing happens.
+    Under `cumulative` it is pushed and not reset. In front of the very first block there is nothing to push, and inside
+    a block nothing happens.
     """
     if not read.starts_block:
         return state
