@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -304,8 +303,3 @@ def same_probe(world: World, whole: World) -> None:
     assert (world.probed / "report.html").read_text().rstrip().endswith("</html>")
     litter = [p.name for p in world.probed.iterdir() if p.name.startswith(".tmp-") or p.name.endswith(".part")]
     assert not litter, f"left behind: {litter}"
-
-
-def limited(mib: int) -> Callable[[], None]:
-    """For `before=`: an address space so small that a claimed size cannot be allocated unnoticed."""
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (mib * 2**20, mib * 2**20))
