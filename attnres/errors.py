@@ -1,4 +1,4 @@
-"""Errors a user can cause, each with the exit code that `train.py` and `probe.py` end with."""
+"""Errors a user can cause, each with the exit code that a command ends with."""
 
 
 class AttnResError(Exception):

@@ -24,7 +24,7 @@ from attnres.depth.families import Places
 from attnres.interventions.config import GridConfig
 from attnres.interventions.grid import candidates
 from attnres.interventions.ids import Spec
-from attnres.model.modeling import Context
+from attnres.model.state import Context
 from attnres.probe.passes import first_layer, run_clean, run_edited
 
 LIMIT = 1.15

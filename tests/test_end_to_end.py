@@ -124,26 +124,25 @@ def test_probe_shared_by_two_processes_gives_the_same_tables(trained, probed):
         assert (folder / name).read_bytes() == (probed / name).read_bytes(), name
 
 
-def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_part(trained, probed):
+def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_member(trained, probed):
     run_warm(trained, "probe.py", "-m " + PROBE, "probe.families=embedding,older")
-    parts = sorted(set((trained / "runs").glob("probe_*/summary.json")) - {probed / "summary.json"})
-    assert len(parts) == 2
-    for path in parts:
+    members = sorted(set((trained / "runs").glob("probe_*/summary.json")) - {probed / "summary.json"})
+    assert len(members) == 2
+    for path in members:
         grid = json.loads(path.read_text())["grid"]
         assert (grid["run_cells"], grid["candidate_cells"], grid["complete"]) == (7, 28, False)
         assert "7 of 28" in (path.parent / "report.html").read_text()
-        # The parts are no look at each other, the whole probe before them is one.
-        looks = json.loads((path.parent / "preregistration.json").read_text())["earlier_looks"]
-        assert [(look["folder"], look["cells"], list(look["differs"])) for look in looks] == [
+        # The members do not name each other; the whole probe before them is an earlier one.
+        earlier = json.loads((path.parent / "preregistration.json").read_text())["earlier_looks"]
+        assert [(probe["folder"], probe["cells"], list(probe["differs"])) for probe in earlier] == [
             (probed.name, 7, ["families"])
         ]
     whole = pd.read_csv(probed / "cells.csv").set_index(["model", "cell"])
-    for path in parts:
-        part = pd.read_csv(path.parent / "cells.csv").set_index(["model", "cell"])
-        same = part.index
-        pd.testing.assert_series_equal(part["dnll"], whole.loc[same, "dnll"])
-        # What the rest of the grid would have given is unknown to a part, so it may only be stricter.
-        assert (part["p_holm"].dropna() >= whole.loc[same, "p_holm"].dropna()).all()
+    for path in members:
+        member = pd.read_csv(path.parent / "cells.csv").set_index(["model", "cell"])
+        pd.testing.assert_series_equal(member["dnll"], whole.loc[member.index, "dnll"])
+        # What the rest of the grid would have given is unknown to a member, so it may only be stricter.
+        assert (member["p_holm"].dropna() >= whole.loc[member.index, "p_holm"].dropna()).all()
 
 
 def test_probe_without_a_baseline_names_the_command_that_makes_one(trained):

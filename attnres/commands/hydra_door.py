@@ -1,4 +1,7 @@
-"""Hydra for `train.py`, `probe.py` and `plan`: composes the configuration, and tells its complaints in our words."""
+"""Hydra, and only here: composes the configuration of a command, and says what is wrong with it in our words.
+
+The rest of the package gets plain containers and knows nothing of Hydra.
+"""
 
 import logging
 import os
@@ -33,7 +36,7 @@ def configured_command(name: str, run: Callable[[Plain], None]) -> None:
 
     Args:
         name: of the configuration in `conf/`: `"train"` or `"probe"`.
-        run: the command, given plain containers: no other module knows Hydra's types.
+        run: the command, given plain containers.
     """
     debug = any(word in ("debug=true", "debug=True") for word in sys.argv)
     sys.exit(run_command(lambda: _composed(name, run), debug))

@@ -1,7 +1,7 @@
 """Families of sources, places in the depth, cells of the grid, and which of them can be judged at all.
 
-`ineligibility` decides whether a family can be judged at a read, `cell` whether the cell is excluded: where fewer than
-half of its reads are eligible. Both follow from the depth plan, so exclusion is fixed before any model is run.
+`ineligibility` decides whether a family can be judged at a read, and `cell` excludes a cell of whose reads fewer than
+half are eligible. Both follow from the depth plan, so exclusion is fixed before any model is run.
 """
 
 from dataclasses import dataclass

@@ -38,8 +38,7 @@ from attnres.model.routing import (
     route,
     stored_read,
 )
-from attnres.model.state import DepthState, Edit, Observer, Trace
-from attnres.ops import ReadParameters
+from attnres.model.state import Context, DepthState, Edit, Observer, Trace
 
 
 @dataclass
@@ -54,20 +53,6 @@ class AttnResCausalLMOutput(CausalLMOutputWithPast):
     """`routing`: one `[B, T, S_j]` fp32 tensor per read, oldest source first; None unless asked for."""
 
     routing: tuple[Tensor, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all layers of one forward pass share; made by `Qwen3AttnResModel.context`."""
-
-    reads: tuple[ReadParameters, ...]
-    position_embeddings: tuple[Tensor, Tensor]
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    past_key_values: Cache | None = None
-    edit: Edit | None = None
-    observe: Observer | None = None
-    attention_kwargs: dict[str, Any] | None = None
 
 
 class Qwen3AttnResDecoderLayer(nn.Module):
@@ -87,12 +72,8 @@ class Qwen3AttnResDecoderLayer(nn.Module):
         """The state after both sublayers."""
         norms = (self.input_layernorm, self.post_attention_layernorm)
         for read, norm in zip(self.plan.layer_reads(self.layer_idx), norms, strict=True):
-            if read.starts_block:
-                reads = [context.reads[peer.index] for peer in self.plan.blocks[read.block]]
-                eps = self.config.rms_norm_eps
-                state = open_block(state, reads, self.plan, eps, first=read.index == 0, backend=backend)
-            parameters = context.reads[read.index]
-            state, x = route(state, read, parameters, norm, self.config, context.edit, context.observe, backend)
+            state = open_block(state, read, self.plan, context, self.config.rms_norm_eps, backend)
+            state, x = route(state, read, norm, self.config, context, backend)
             out = self._attend(x, context) if read.sublayer == "attn" else self.mlp(x)
             state = replace(state, update=out.to(x.dtype))
         return state
@@ -229,17 +210,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             assert current is not None
             return self.norm(current)
         read = self.plan.reads[-1]
-        if read.starts_block:
-            state = open_block(
-                state,
-                context.reads[read.index :],
-                self.plan,
-                self.config.rms_norm_eps,
-                first=False,
-                backend=self.backend,
-            )
-        parameters = context.reads[read.index]
-        _, x = route(state, read, parameters, self.norm, self.config, context.edit, context.observe, self.backend)
+        state = open_block(state, read, self.plan, context, self.config.rms_norm_eps, self.backend)
+        _, x = route(state, read, self.norm, self.config, context, self.backend)
         return x
 
     @can_return_tuple

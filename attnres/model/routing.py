@@ -3,7 +3,6 @@
 No other module spells a name of a routing parameter. The names are those of released checkpoints.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from attnres import ops
 from attnres.depth.plan import DepthPlan, ReadPlan
 from attnres.model.config import Qwen3AttnResConfig
-from attnres.model.state import DepthState, Edit, Observer, Site, Trace, VectorEdit
+from attnres.model.state import Context, DepthState, Site, Trace, VectorEdit
 from attnres.ops import ReadParameters
 
 # Name prefixes of the two reads of a layer, which own them, and of the final read, which the decoder owns.
@@ -114,25 +113,29 @@ def added(state: DepthState) -> Tensor | None:
 
 
 def open_block(
-    state: DepthState, reads: Sequence[ReadParameters], plan: DepthPlan, eps: float, first: bool, backend: str
+    state: DepthState, read: ReadPlan, plan: DepthPlan, context: Context, eps: float, backend: str
 ) -> DepthState:
-    """Push the running state as a finished source (unless this is the `first` block) and score the block's reads."""
-    if not first:
+    """At the first read of a block: push the running state as a finished source, reset it, and score the block's reads.
+
+    Under `cumulative` it is pushed and not reset. In front of the very first block there is nothing to push, and inside
+    a block nothing happens.
+    """
+    if not read.starts_block:
+        return state
+    if read.index > 0:
         current = added(state)
         assert current is not None
-        kept = None if plan.resets else current
-        state = DepthState((*state.finished, current), kept)
+        state = DepthState((*state.finished, current), current=None if plan.resets else current)
+    reads = [context.reads[peer.index] for peer in plan.blocks[read.block]]
     return replace(state, prepared=ops.prepare_block(state.finished, reads, eps, backend))
 
 
 def route(
     state: DepthState,
     read: ReadPlan,
-    parameters: ReadParameters,
     norm: Qwen3RMSNorm,
     config: Qwen3AttnResConfig,
-    edit: Edit | None,
-    observe: Observer | None,
+    context: Context,
     backend: str,
 ) -> tuple[DepthState, Tensor]:
     """One read of an open block: the new state, and what the sublayer sees, `RMSNorm(h) [B, T, D]`.
@@ -141,6 +144,7 @@ def route(
         ValueError: where an edit removes every source of a row.
     """
     assert state.prepared is not None
+    parameters, edit, observe = context.reads[read.index], context.edit, context.observe
     eps, block, index = config.rms_norm_eps, state.prepared, read.index_in_block
     norm_eps = eps / read.num_sources**2 if config.attnres_exact_uniform else eps
     site = Site.of(read)

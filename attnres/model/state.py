@@ -1,13 +1,14 @@
-"""The value that walks through the depth of the model."""
+"""The values that walk through the depth of the model: its state, and what a pass shares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from attnres.depth.plan import ReadPlan
-from attnres.ops import PreparedBlock
+from attnres.ops import PreparedBlock, ReadParameters
 
 
 class Site(NamedTuple):
@@ -85,3 +86,17 @@ class Trace:
 
 
 Observer = Callable[[Trace], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share; made by `Qwen3AttnResModel.context`."""
+
+    reads: tuple[ReadParameters, ...]
+    position_embeddings: tuple[Tensor, Tensor]
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    past_key_values: Cache | None = None
+    edit: Edit | None = None
+    observe: Observer | None = None
+    attention_kwargs: dict[str, Any] | None = None

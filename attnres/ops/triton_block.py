@@ -23,7 +23,9 @@ from attnres.ops.triton_common import (
     log_or_minus_inf,
     on_device,
     pack,
+    read_gradients,
     rows,
+    save_read,
     store_row,
     unpack,
 )
@@ -304,26 +306,13 @@ read_block_backward.register_fake(empty_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    sources, queries, bias, _ = inputs
     logits, lse, rstd, *_ = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(queries, *([] if bias is None else [bias]), logits, lse, rstd, *sources)
+    save_read(ctx, inputs, logits, lse, rstd)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved = list(ctx.saved_tensors)
-    queries, bias = saved.pop(0), saved.pop(0) if ctx.has_bias else None
-    logits, lse, rstd, *sources = saved
     d_logits, d_lse, _, *d_mixed = grads
-    given = [torch.zeros_like(sources[0]) if d is None else d for d in d_mixed]
-    needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-    d_queries, *rest = read_block_backward(
-        sources, queries, bias, logits, lse, rstd, given, d_logits, d_lse, needs_bias
-    )
-    d_bias = rest.pop(0) if needs_bias else None
-    return rest, d_queries, d_bias, None
+    return read_gradients(ctx, read_block_backward, d_mixed, d_logits, d_lse)
 
 
 read_block.register_autograd(_backward, setup_context=_setup)

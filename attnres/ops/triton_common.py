@@ -1,6 +1,7 @@
 """What the Triton kernels share: packed tiles, launch shapes, checks on the host."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,38 @@ def empty_gradients(
     """
     biases = [bias] if saved_and_incoming[-1] and bias is not None else []
     return [empty(x) for x in (query, *biases, *sources)]
+
+
+def save_read(ctx: Any, inputs: tuple[Any, ...], logits: Tensor, lse: Tensor, rstd: Tensor) -> None:
+    """What the backward pass of reads over sources needs of the forward pass: for `read_gradients`."""
+    sources, query, bias, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(query, *([] if bias is None else [bias]), logits, lse, rstd, *sources)
+
+
+def read_gradients(
+    ctx: Any, backward: Callable[..., list[Tensor]], d_mixed: Any, d_logits: Tensor | None, d_lse: Tensor | None
+) -> tuple[Any, ...]:
+    """Gradients of the inputs of reads over sources, from their `backward` op.
+
+    `d_mixed` is of one mix, or a list of those of several; None stands for zero.
+    """
+    # Once: a recomputed tensor can be unpacked one time only.
+    saved = list(ctx.saved_tensors)
+    query, bias = saved.pop(0), saved.pop(0) if ctx.has_bias else None
+    logits, lse, rstd, *sources = saved
+    needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
+
+    def or_zero(gradient: Tensor | None) -> Tensor:
+        return torch.zeros_like(sources[0]) if gradient is None else gradient
+
+    given = [or_zero(d) for d in d_mixed] if isinstance(d_mixed, list) else or_zero(d_mixed)
+    out = backward(sources, query, bias, logits, lse, rstd, given, d_logits, d_lse, needs_bias)
+    d_query, *rest = out
+    d_bias = rest.pop(0) if needs_bias else None
+    return rest, d_query, d_bias, None
 
 
 def bias_gradient(d_scores: Tensor, bias: Tensor, batch: int) -> Tensor:

@@ -21,7 +21,9 @@ from attnres.ops.triton_common import (
     inverse_or_zero,
     log_or_minus_inf,
     on_device,
+    read_gradients,
     rows,
+    save_read,
 )
 
 RESIDENT_ELEMENTS = 16 * 1024
@@ -286,26 +288,14 @@ read_backward.register_fake(empty_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sources, query, bias, _ = inputs
-    mixed, logits, lse, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    ctx.dtype, ctx.has_bias = mixed.dtype, bias is not None
-    ctx.save_for_backward(query, *([] if bias is None else [bias]), logits, lse, rstd, *sources)
+    _, logits, lse, rstd = output
+    save_read(ctx, inputs, logits, lse, rstd)
 
 
 def _backward(
     ctx: Any, d_mixed: Tensor | None, d_logits: Tensor | None, d_lse: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    saved = list(ctx.saved_tensors)
-    query, bias = saved.pop(0), saved.pop(0) if ctx.has_bias else None
-    logits, lse, rstd, *sources = saved
-    if d_mixed is None:
-        d_mixed = torch.zeros_like(sources[0])
-    needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-    d_query, *rest = read_backward(sources, query, bias, logits, lse, rstd, d_mixed, d_logits, d_lse, needs_bias)
-    d_bias = rest.pop(0) if needs_bias else None
-    return rest, d_query, d_bias, None
+    return read_gradients(ctx, read_backward, d_mixed, d_logits, d_lse)
 
 
 read.register_autograd(_backward, setup_context=_setup)

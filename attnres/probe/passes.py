@@ -10,8 +10,8 @@ from attnres.depth.families import place_reads
 from attnres.depth.plan import DepthPlan
 from attnres.interventions.edits import CLEAN, RowsEdit
 from attnres.interventions.ids import NOTHING, Materials, Spec
-from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
-from attnres.model.state import DepthState, Edit, Trace
+from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.model.state import Context, DepthState, Edit, Trace
 from attnres.ops import PreparedBlock
 from attnres.probe.measure import CleanReadout, Effects
 

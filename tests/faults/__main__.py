@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.faults import flips, hostile, kills, special
+from tests.faults import flips, hostile, hostile_checkpoints, hostile_inputs, kills, special
 from tests.faults.runner import Outcome, play
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.table import write_table
@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace, work: Path) -> int:
             if wanted(scenario.name, scenario.short):
                 add(lambda scenario=scenario: play(base, scenario))
     if "hostile" in parts:
-        for case in hostile.CASES:
+        for case in (*hostile_checkpoints.CASES, *hostile_inputs.CASES):
             if wanted(f"{case.entry}: {case.payload}", case.short):
                 add(lambda case=case: hostile.play(base, case))
     if "special" in parts:

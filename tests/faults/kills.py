@@ -59,7 +59,7 @@ def _kill(
     code = whole.wait(600)
     length = whole.seconds
     if code != 0:
-        wrong.append(f"undisturbed, exit code {code}: {whole.told[-500:]}")
+        wrong.append(f"undisturbed, exit code {code}: {whole.output[-500:]}")
     world = base.world(f"kills-{name}", state)
     while kills < number and not wrong:
         child, deadline = start(world), draw.uniform(0, length)
@@ -70,12 +70,12 @@ def _kill(
             child.wait()
             kills += 1
         elif child.code != 0:
-            wrong.append(f"after {kills} kills, exit code {child.code}: {child.told[-800:]}")
-        if told := check(partial(readable, world), world):
-            wrong.append(f"after {kills} kills: {told}")
+            wrong.append(f"after {kills} kills, exit code {child.code}: {child.output[-800:]}")
+        if message := check(partial(readable, world), world):
+            wrong.append(f"after {kills} kills: {message}")
         if child.code == 0:
-            if told := check(partial(same, world, base.whole), world):
-                wrong.append(f"after {kills} kills: {told}")
+            if message := check(partial(same, world, base.whole), world):
+                wrong.append(f"after {kills} kills: {message}")
             ended += 1
             length = 0.5 * length + 0.5 * max(child.seconds, 0.2 * length)
             shutil.rmtree(world.runs)
@@ -83,9 +83,9 @@ def _kill(
     if not wrong and (ended == 0 or kills):
         last = start(world)
         if last.wait(600) != 0:
-            wrong.append(f"at the end, exit code {last.code}: {last.told[-800:]}")
-        elif told := check(partial(same, world, base.whole), world):
-            wrong.append(f"at the end: {told}")
+            wrong.append(f"at the end, exit code {last.code}: {last.output[-800:]}")
+        elif message := check(partial(same, world, base.whole), world):
+            wrong.append(f"at the end: {message}")
         ended += 1
     what = f"{number} random SIGKILLs of {name}"
     found = f"{kills} kills, {ended} runs ended with the same bits" if not wrong else f"{kills} kills"

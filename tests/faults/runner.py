@@ -37,17 +37,18 @@ def play(base: Base, scenario: Scenario) -> Outcome:
     trained = next(world.runs.glob("attnres-*"), "")
     more = [word.format(folder=world.folder, trained=trained) for word in scenario.more]
     child = world.run(scenario.command, *more, fault=scenario.fault, environment=scenario.environment)
-    wrong = [] if child.code == scenario.code else [f"exit code {child.code}: {child.told.strip()[-600:]}"]
-    wrong += [f"did not say {text!r}: {child.told.strip()[-600:]}" for text in scenario.says if text not in child.told]
-    errors = [line for line in child.told.splitlines() if line.startswith("error: ")]
+    output = child.output.strip()
+    wrong = [] if child.code == scenario.code else [f"exit code {child.code}: {output[-600:]}"]
+    wrong += [f"did not say {text!r}: {output[-600:]}" for text in scenario.says if text not in output]
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     if child.code > 0 and len(errors) != 1:
         wrong.append(f"{len(errors)} lines name the cause")
-    if "Traceback" in child.told:
+    if "Traceback" in output:
         wrong.append("a traceback without debug=true")
     if scenario.steps is not None and (steps := tuple(list_steps(world.trained))) != scenario.steps:
         wrong.append(f"steps left: {steps}, expected {scenario.steps}")
-    if not scenario.damage and (told := check(lambda: readable(world), world)):
-        wrong.append(f"after the fault: {told}")
+    if not scenario.damage and (message := check(lambda: readable(world), world)):
+        wrong.append(f"after the fault: {message}")
     if not wrong:
         wrong += _afterwards(base, world, scenario, more, child.code)
     found = f"{child.code}, then {scenario.then}" if not wrong else str(child.code)
@@ -64,7 +65,7 @@ def _afterwards(base: Base, world: World, scenario: Scenario, more: list[str], c
     if code != 0:
         child = world.run(scenario.command, *more)
         if child.code != 0:
-            return [f"the next run ended with {child.code}: {child.told.strip()[-600:]}"]
+            return [f"the next run ended with {child.code}: {child.output.strip()[-600:]}"]
     compare = same_run if scenario.then == "same run" else same_probe
-    told = check(lambda: (readable(world), compare(world, base.whole)), world)
-    return [f"afterwards: {told}"] if told else []
+    message = check(lambda: (readable(world), compare(world, base.whole)), world)
+    return [f"afterwards: {message}"] if message else []

@@ -23,7 +23,7 @@ class Scenario:
         more: overrides on the command line.
         environment: of the command.
         code: exit code that must come.
-        says: parts of what must be told on stderr.
+        says: what must stand on stderr.
         then: what the same command without the fault must do afterwards: `same run`, `same probe`, `again` (the same
             code again), or `nothing`.
         steps: step folders that must be there right after the fault, or None.

@@ -124,7 +124,7 @@ def _preempt(base: Base, seconds: float, draw: random.Random) -> dict[str, Any]:
         "restarts": 0, "killed": 0, "disk_full": 0, "runs_ended": 0, "longest_stop_s": 0.0, "wrong": [],
     }  # fmt: skip
     if reference.code != 0:
-        found["wrong"].append(f"undisturbed, exit code {reference.code}: {reference.told[-500:]}")
+        found["wrong"].append(f"undisturbed, exit code {reference.code}: {reference.output[-500:]}")
     world, began = base.world("preempted"), time.monotonic()
     while time.monotonic() - began < seconds and not found["wrong"]:
         what = draw.choices(("term", "kill", "full"), (6, 2, 1))[0]
@@ -142,13 +142,13 @@ def _preempt(base: Base, seconds: float, draw: random.Random) -> dict[str, Any]:
         found["killed"] += code == -9
         found["disk_full"] += code == 6
         if code not in {"term": (0, 75), "kill": (0, -9), "full": (0, 6)}[what]:
-            found["wrong"].append(f"{what}: exit code {code}: {child.told[-800:]}")
-        elif told := check(lambda world=world: readable(world), world):
-            found["wrong"].append(told)
+            found["wrong"].append(f"{what}: exit code {code}: {child.output[-800:]}")
+        elif message := check(lambda world=world: readable(world), world):
+            found["wrong"].append(message)
         elif code == 0:
             found["runs_ended"] += 1
-            if told := check(lambda world=world: _ends_alike(world, whole), world):
-                found["wrong"].append(told)
+            if message := check(lambda world=world: _ends_alike(world, whole), world):
+                found["wrong"].append(message)
             shutil.rmtree(world.folder)
             world = base.world("preempted")
     return found

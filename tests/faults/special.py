@@ -42,15 +42,15 @@ def two_at_once(base: Base, name: str) -> Outcome:
     what = "train" if command == "training" else "probe"
     first = world.start(what)
     ready = "steps " if what == "train" else "writing to "
-    if not _until(lambda: ready in first.told or first.poll() is not None):
-        wrong.append(f"the first does not start: {first.told[-500:]}")
+    if not _until(lambda: ready in first.output or first.poll() is not None):
+        wrong.append(f"the first does not start: {first.output[-500:]}")
     first.kill(signal.SIGSTOP)
     second = world.run(what)
     first.kill(signal.SIGCONT)
-    if second.code != 2 or "in use" not in second.told:
-        wrong.append(f"the second: exit code {second.code}: {second.told[-500:]}")
+    if second.code != 2 or "in use" not in second.output:
+        wrong.append(f"the second: exit code {second.code}: {second.output[-500:]}")
     if first.wait() != 0:
-        wrong.append(f"the first: exit code {first.code}: {first.told[-500:]}")
+        wrong.append(f"the first: exit code {first.code}: {first.output[-500:]}")
     return _outcome(name, "two runs in one folder", "2 and 0", f"{second.code} and {first.code}", wrong, began)
 
 
@@ -73,15 +73,15 @@ def disk_really_full(base: Base, name: str) -> Outcome:
             checkpoint._check_space = lambda folder, needed: None  # type: ignore[assignment]
 
         child = world.run("train", before=unchecked)
-        if child.code != 6 or "Traceback" in child.told:
-            wrong.append(f"exit code {child.code}: {child.told[-600:]}")
+        if child.code != 6 or "Traceback" in child.output:
+            wrong.append(f"exit code {child.code}: {child.output[-600:]}")
         if tuple(list_steps(world.trained)) != (2, 4):
             wrong.append(f"steps {list(list_steps(world.trained))}")
-        if told := check(lambda: readable(world), world):
-            wrong.append(told)
+        if message := check(lambda: readable(world), world):
+            wrong.append(message)
         checked = world.run("train")
-        if checked.code != 6 or "MiB needed" not in checked.told:
-            wrong.append(f"with the check, exit code {checked.code}: {checked.told[-600:]}")
+        if checked.code != 6 or "MiB needed" not in checked.output:
+            wrong.append(f"with the check, exit code {checked.code}: {checked.output[-600:]}")
         subprocess.run(["mount", "-o", "remount,size=100M", str(mounted)], check=True)
 
         def roomy() -> None:
@@ -89,9 +89,9 @@ def disk_really_full(base: Base, name: str) -> Outcome:
 
         again = world.run("train", before=roomy)
         if again.code != 0:
-            wrong.append(f"with space, exit code {again.code}: {again.told[-600:]}")
-        elif told := check(lambda: same_run(world, base.whole), world):
-            wrong.append(told)
+            wrong.append(f"with space, exit code {again.code}: {again.output[-600:]}")
+        elif message := check(lambda: same_run(world, base.whole), world):
+            wrong.append(message)
     finally:
         subprocess.run(["umount", "-l", str(mounted)], check=False)
     return _outcome(name, "disk full", "6, then same run", f"{child.code}, then {again.code}", wrong, began)
@@ -110,9 +110,9 @@ def wandb_down(base: Base, name: str) -> Outcome:
             child = world.run("train", f"logger.wandb={mode}", environment=environment)
             seconds[mode] = child.seconds
             if child.code != 0:
-                wrong.append(f"{mode}: exit code {child.code}: {child.told[-600:]}")
-            elif told := check(lambda world=world: same_run(world, base.whole), world):
-                wrong.append(told)
+                wrong.append(f"{mode}: exit code {child.code}: {child.output[-600:]}")
+            elif message := check(lambda world=world: same_run(world, base.whole), world):
+                wrong.append(message)
     added = seconds["online"] - seconds["offline"]
     if added >= 5:
         wrong.append(f"{added:.1f} s added")
@@ -157,23 +157,23 @@ def two_ranks(base: Base, name: str) -> Outcome:
     children = _ranks(world, fault)
     # The strike is noticed by the end of the rank that was struck, or by what it says.
     struck = children[rank]
-    _until(lambda: struck.poll() is not None or "SIGTERM" in struck.told, 240)
+    _until(lambda: struck.poll() is not None or "SIGTERM" in struck.output, 240)
     strike = time.monotonic()
     codes = [child.wait(MOST_SECONDS) for child in children]
     took = time.monotonic() - strike
     expected = [75, 75] if action == "term" else [-9 if i == rank else 1 for i in range(2)]
     if codes != expected:
-        wrong.append(f"codes {codes}: " + " / ".join(c.told[-500:] for c in children))
-    if action == "kill" and f"rank {rank} died" not in children[1 - rank].told:
-        wrong.append(f"the rank is not named: {children[1 - rank].told[-500:]}")
-    if told := check(lambda: readable(world), world):
-        wrong.append(told)
+        wrong.append(f"codes {codes}: " + " / ".join(c.output[-500:] for c in children))
+    if action == "kill" and f"rank {rank} died" not in children[1 - rank].output:
+        wrong.append(f"the rank is not named: {children[1 - rank].output[-500:]}")
+    if message := check(lambda: readable(world), world):
+        wrong.append(message)
     if not wrong:
         again = [child.wait() for child in _ranks(world, None)]
         if again != [0, 0]:
             wrong.append(f"the next run: {again}")
-        elif told := check(lambda: same_run(world, whole), world):
-            wrong.append(told)
+        elif message := check(lambda: same_run(world, whole), world):
+            wrong.append(message)
     row = "SIGTERM, SIGINT, SIGUSR1" if action == "term" else "a rank dies"
     found = f"{codes} in {took:.1f} s" + ("" if wrong else ", then the same bits")
     return _outcome(name, row, f"{expected} in under 30 s, then the same bits", found, wrong, began)
@@ -210,7 +210,7 @@ def launched(base: Base, name: str) -> Outcome:
         ranks = {pid for pid, first in since.items() if now - first > _SETTLED_SECONDS and pid in alive}
         gone = bool(settled - set(alive))
         settled.update(ranks)
-        return "SIGTERM: saving" in child.told or gone or child.poll() is not None
+        return "SIGTERM: saving" in child.output or gone or child.poll() is not None
 
     _until(struck, 400)
     strike = time.monotonic()
@@ -227,13 +227,13 @@ def launched(base: Base, name: str) -> Outcome:
     if right is None:
         right = (-9,) if rank == 0 else (1, -9)
     if code not in right:
-        wrong.append(f"exit code {code}: {child.told[-1500:]}")
-    if how == "torchrun" and action == "term" and child.told.count("exitcode  : 75") < 1:
-        wrong.append(f"no rank ended with 75: {child.told[-1500:]}")
-    if action == "kill" and f"rank {rank} died" not in child.told:
-        wrong.append(f"the rank is not named: {child.told[-1500:]}")
-    if told := check(lambda: readable(world), world):
-        wrong.append(told)
+        wrong.append(f"exit code {code}: {child.output[-1500:]}")
+    if how == "torchrun" and action == "term" and child.output.count("exitcode  : 75") < 1:
+        wrong.append(f"no rank ended with 75: {child.output[-1500:]}")
+    if action == "kill" and f"rank {rank} died" not in child.output:
+        wrong.append(f"the rank is not named: {child.output[-1500:]}")
+    if message := check(lambda: readable(world), world):
+        wrong.append(message)
     if action == "term" and not list_steps(world.trained):
         wrong.append("nothing was saved")
     row = "SIGTERM, SIGINT, SIGUSR1" if action == "term" else "a rank dies"

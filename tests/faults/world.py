@@ -10,7 +10,6 @@ import csv
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -85,7 +84,7 @@ class Child:
             os.kill(self.pid, number)
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
         # The child itself makes the file, a moment after it was started.
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
@@ -218,7 +217,8 @@ class Base:
             # One more than a run keeps, so that what goes on from here has something to fall back to and to prune.
             child = self.whole.run(command, *(["trainer.keep_last=3"] if command == "train" else []), kind=kind)
             if child.code != 0:
-                raise RuntimeError(f"the undisturbed {command} of {kind} ended with {child.code}: {child.told[-3000:]}")
+                why = f"ended with {child.code}: {child.output[-3000:]}"
+                raise RuntimeError(f"the undisturbed {command} of {kind} {why}")
 
     def world(self, name: str, start: str = "empty") -> World:
         """A fresh world: `empty`, `half` (checkpoints 2 and 4, as after a kill), `trained` (both), or `probed`."""
@@ -237,7 +237,7 @@ class Base:
 def check(action: Callable[[], Any], world: World) -> str:
     """Runs a check in a child, so that this process stays without threads; "" or what is wrong."""
     child = fork(action, world.folder / "logs" / "check.log")
-    return "" if child.wait() == 0 else child.told.strip()[-1500:]
+    return "" if child.wait() == 0 else child.output.strip()[-1500:]
 
 
 def readable(world: World) -> None:
@@ -293,8 +293,3 @@ def same_probe(world: World, whole: World) -> None:
     assert (world.probed / "report.html").read_text().rstrip().endswith("</html>")
     litter = [p.name for p in world.probed.iterdir() if p.name.startswith(".tmp-") or p.name.endswith(".part")]
     assert not litter, f"left behind: {litter}"
-
-
-def limited(mib: int) -> Callable[[], None]:
-    """For `before=`: an address space so small that a claimed size cannot be allocated unnoticed."""
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (mib * 2**20, mib * 2**20))

@@ -1,20 +1,9 @@
 import pytest
 import torch
+from tiny_models import SHAPE
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
-
-SHAPE = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-)
 
 
 @pytest.fixture

@@ -6,24 +6,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM, load_model
 from attnres.depth.plan import CONVENTIONS
+from attnres.model.routing import is_bias, is_final, is_query, is_routing
 from attnres.model.state import Site, Trace
 from attnres.ops import reference
 from attnres.training.models import model_config
 
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "attnres_num_blocks": 3,
-}
 GOLDEN = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir() if path.is_dir())
 
 
@@ -177,8 +169,22 @@ def test_parameters_without_a_gradient_do_not_require_one(make_model):
     assert frozen == {prefix + "proj.weight", prefix + "norm.weight", prefix + "bias"}
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_stored_reads_are_the_routing_parameters_in_the_order_of_the_plan(make_model, convention):
+    model = make_model(convention)
+    reads, names = model.model.stored_reads(), {id(p): name for name, p in model.named_parameters()}
+    assert len(reads) == len(model.model.plan.reads)
+    assert {id(p) for read in reads for p in read} == {key for key, name in names.items() if is_routing(name)}
+    for read, plan in zip(reads, model.model.plan.reads, strict=True):
+        owner = "model" if plan.sublayer == "final" else f"model.layers.{plan.layer}"
+        start = f"{owner}.{plan.sublayer}_res_"
+        assert [names[id(p)] for p in read] == [start + end for end in ("proj.weight", "norm.weight", "bias")]
+        assert is_query(names[id(read.query)]) and is_bias(names[id(read.bias)])
+        assert all(is_final(names[id(p)]) == (plan.sublayer == "final") for p in read)
+
+
 def test_new_model_starts_uniform(ids):
-    config = Qwen3AttnResConfig(**SHAPE)
+    config = Qwen3AttnResConfig(**SHAPE, attnres_num_blocks=3)
     routing = Qwen3AttnResForCausalLM(config)(ids, output_routing=True).routing
     for weights in routing:
         torch.testing.assert_close(weights, torch.full_like(weights, 1 / weights.shape[-1]), rtol=0, atol=1e-6)
@@ -187,7 +193,7 @@ def test_new_model_starts_uniform(ids):
 @torch.no_grad()
 def test_bias_only_routing_ignores_content(ids):
     torch.manual_seed(0)
-    config = Qwen3AttnResConfig(**SHAPE, attnres_bias="sources", attnres_content=False)
+    config = Qwen3AttnResConfig(**SHAPE, attnres_num_blocks=3, attnres_bias="sources", attnres_content=False)
     model = Qwen3AttnResForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("_res_bias"):

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from tiny_models import SHAPE
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -17,19 +18,9 @@ pytest.importorskip("triton")
 
 def make_model(convention: str, device: torch.device) -> Qwen3AttnResForCausalLM:
     torch.manual_seed(0)
-    config = Qwen3AttnResConfig(
-        vocab_size=32,
-        hidden_size=40,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        attnres_sources=convention,
-        attnres_num_blocks=2,
-        attnres_bias="sources",
-    )
+    # A width that is no power of two.
+    shape = SHAPE | {"hidden_size": 40, "num_hidden_layers": 4}
+    config = Qwen3AttnResConfig(**shape, attnres_sources=convention, attnres_num_blocks=2, attnres_bias="sources")
     model = Qwen3AttnResForCausalLM(config).to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
