@@ -1,4 +1,4 @@
-"""`python -m attnres.commands.plan`: what a run costs on a cluster; takes `train.py`'s words and `cluster.KEY=VALUE`."""
+"""`python -m attnres.commands.plan`: what a run costs on a cluster, from `train.py`'s words and `cluster.KEY=VALUE`."""
 
 import sys
 from functools import partial
