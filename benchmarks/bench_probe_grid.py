@@ -21,10 +21,10 @@ import torch
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.depth.families import Places
+from attnres.interventions.config import GridConfig
 from attnres.interventions.grid import candidates
 from attnres.interventions.ids import Spec
 from attnres.model.modeling import Context
-from attnres.probe.config import GridConfig
 from attnres.probe.passes import first_layer, run_clean, run_edited
 
 LIMIT = 1.15

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from attnres.depth.families import place_sublayer, places
 from attnres.depth.plan import DepthPlan
+from attnres.interventions.config import GridConfig
 from attnres.interventions.ids import FAMILY_KINDS, Intervention, Spec, parse
-from attnres.probe.config import GridConfig
 from attnres.tables.names import STUDY_MOTIFS
 
 _MOTIF_SLICES = frozenset((family, sublayer, band) for _, family, sublayer, band in STUDY_MOTIFS)

@@ -15,10 +15,10 @@ from attnres.config import to_plain
 from attnres.data import ProbeWindows
 from attnres.depth.families import BANDS, band_layers
 from attnres.files.whole_files import whole_file, write_json, write_text
+from attnres.interventions.config import GridConfig
 from attnres.interventions.ids import Spec, parse
 from attnres.probe.baseline import Located
 from attnres.probe.checks import Check
-from attnres.probe.config import GridConfig
 from attnres.probe.nulls import NULLS
 from attnres.probe.passes import Subject
 from attnres.probe.runner import Split, Tables

@@ -14,11 +14,11 @@ from attnres.errors import ConfigError, StorageError
 from attnres.files import provenance
 from attnres.files.run_folder import LOCK
 from attnres.files.whole_files import locked
+from attnres.interventions.config import GridConfig
 from attnres.interventions.donors import donors
 from attnres.interventions.grid import candidates, whole_grid
 from attnres.interventions.ids import parse
 from attnres.probe import runner
-from attnres.probe.config import GridConfig
 from attnres.probe.passes import Subject
 from attnres.probe.pieces import Parts
 from attnres.probe.run import _only_probe_in
