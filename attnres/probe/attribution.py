@@ -24,7 +24,6 @@ from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.state import Trace
 from attnres.probe.execution import Batch, Execution, damaged
 from attnres.probe.passes import run_clean
-from attnres.probe.pieces import Key
 from attnres.probe.subjects import Subject
 from attnres.tables.names import Split
 
@@ -72,18 +71,14 @@ def run_attribution(
     """Estimates for masked cells on this process's confirmatory batches, from what is not yet kept as pieces."""
     device = subject.model.lm_head.weight.device
     for batch in execution.mine(tuple(batches)):
-        key = Key(subject.name, batch.split, batch.number, _KIND)
+        key = batch.key(subject.name, _KIND)
         if batch.split != Split.CONFIRM or execution.pieces.has(key):
             continue
         execution.end_if_stopping()
-        windows = execution.windows[batch.split]
-        ids, labels = windows.input_ids[batch.rows].to(device), windows.labels[batch.rows].to(device)
-        estimates = attribution(subject.model, ids, labels, tuple(masks.values()))
+        estimates = attribution(subject.model, *batch.tokens(device), tuple(masks.values()))
         rows = [
             pd.DataFrame(
-                {"model": subject.name, "cell": name}
-                | execution.identity(batch)
-                | {"estimate": estimates[cell].cpu().numpy()}
+                {"model": subject.name, "cell": name, **batch.identity, "estimate": estimates[cell].cpu().numpy()}
             )
             for name, cell in masks.items()
         ]
@@ -98,7 +93,7 @@ def attribution_table(subject: Subject, batches: Sequence[Batch], execution: Exe
     """
     tables = []
     for batch in batches:
-        key = Key(subject.name, batch.split, batch.number, _KIND)
+        key = batch.key(subject.name, _KIND)
         if batch.split != Split.CONFIRM:
             continue
         if not execution.pieces.has(key):

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from attnres.data import ProbeWindows
@@ -15,7 +17,7 @@ from attnres.errors import AttnResError, ConfigError, Stopped, StorageError
 from attnres.files.run_folder import LOCK, refuse_links
 from attnres.files.whole_files import locked, storage_errors
 from attnres.interventions.config import GridConfig
-from attnres.probe.pieces import Pieces
+from attnres.probe.pieces import Key, Pieces
 from attnres.processes.devices import Ranks
 from attnres.processes.signals import StopSignals
 
@@ -26,12 +28,26 @@ _PROMISE = "finishing the current cell, then stopping"
 Stage = Mapping[str, range]
 
 
-class Batch(NamedTuple):
-    """The unit of work: `rows` of the windows of a split, `number` in it."""
+@dataclass(frozen=True)
+class Batch:
+    """The unit of work: some windows of a split, `number` in it."""
 
     split: str
     number: int
-    rows: slice
+    windows: ProbeWindows
+
+    def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and labels `[B, T]`."""
+        return self.windows.input_ids.to(device), self.windows.labels.to(device)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What names its windows: columns `window` and `document`."""
+        return {"window": self.windows.window_ids.numpy(), "document": self.windows.document_ids.numpy()}
+
+    def key(self, model: str, kind: str) -> Key:
+        """Of a piece."""
+        return Key(model, self.split, self.number, kind)
 
 
 @dataclass(frozen=True)
@@ -71,19 +87,11 @@ class Execution:
             batches = []
             for split, positions in stage.items():
                 for begin in range(positions.start, positions.stop, self.batch_size):
-                    end = min(begin + self.batch_size, positions.stop)
-                    batches.append(Batch(split, numbers[split], slice(begin, end)))
+                    rows = slice(begin, min(begin + self.batch_size, positions.stop))
+                    batches.append(Batch(split, numbers[split], _taken(self.windows[split], rows)))
                     numbers[split] += 1
             listed.append(tuple(batches))
         return tuple(listed)
-
-    def identity(self, batch: Batch) -> dict[str, Any]:
-        """What names the windows of a batch: columns `window` and `document`."""
-        windows = self.windows[batch.split]
-        return {
-            "window": windows.window_ids[batch.rows].numpy(),
-            "document": windows.document_ids[batch.rows].numpy(),
-        }
 
     def mine(self, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
         """Those of these batches that fall to this process."""
@@ -159,6 +167,10 @@ def only_probe_in(folder: Path, ranks: Ranks) -> Iterator[None]:
         ranks.agree(taken)
         refuse_links(folder)
         yield
+
+
+def _taken(windows: ProbeWindows, rows: slice) -> ProbeWindows:
+    return replace(windows, **{field.name: getattr(windows, field.name)[rows] for field in fields(windows)})
 
 
 def damaged(model: str, batch: Batch) -> StorageError:

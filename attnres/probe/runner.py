@@ -31,7 +31,6 @@ from attnres.probe.attribution import attribution_table, run_attribution
 from attnres.probe.execution import Batch, Execution, damaged
 from attnres.probe.measure import Effects, MassObserver, RoutingSums, routing_means, routing_table
 from attnres.probe.passes import CleanRun, first_layer, run_clean, run_edited, run_rows, run_through
-from attnres.probe.pieces import Key
 from attnres.probe.subjects import Subject
 from attnres.tables import columns
 from attnres.tables.names import MATCHED, Split
@@ -174,7 +173,7 @@ def _run_cells(work: _Work, specs: Sequence[Spec], batches: tuple[Batch, ...], e
     """Effects of cells on this process's share of some batches, from what is not yet kept as pieces."""
     subject, pieces = work.subject, execution.pieces
     for batch in execution.mine(batches):
-        key = Key(subject.name, batch.split, batch.number, "effects")
+        key = batch.key(subject.name, "effects")
         finished = pieces.cells(key)
         todo = [spec for spec in specs if spec.id not in finished]
         execution.progress.update(len(specs) - len(todo))
@@ -184,11 +183,6 @@ def _run_cells(work: _Work, specs: Sequence[Spec], batches: tuple[Batch, ...], e
         starts = sorted({first_layer(spec, subject.plan) for spec in todo})
         clean = _clean_run(subject, work.specs, starts, batch, execution)
         inputs = _inputs(work, todo, batch, execution)
-        windows = execution.windows[batch.split]
-        identity = {
-            "window": windows.window_ids[batch.rows].numpy(),
-            "document": windows.document_ids[batch.rows].numpy(),
-        }
         rows: list[pd.DataFrame] = []
         written = time.monotonic()
         for group in _passes(subject, specs, execution, clean):
@@ -200,7 +194,7 @@ def _run_cells(work: _Work, specs: Sequence[Spec], batches: tuple[Batch, ...], e
                     raise NumericsError(
                         f"{subject.name}: {spec.id} gives a value that is not finite; check the checkpoint"
                     )
-                rows.append(pd.DataFrame(identity | {"cell": spec.id} | values))
+                rows.append(pd.DataFrame(batch.identity | {"cell": spec.id} | values))
             faults.point("probe.cell")
             execution.progress.update(len(group))
             if execution.stopping() or time.monotonic() - written > _SECONDS_BETWEEN_PIECES:
@@ -223,8 +217,7 @@ def _clean_run(
         batch: the windows.
         execution: how.
     """
-    windows, device = execution.windows[batch.split], subject.model.lm_head.weight.device
-    ids, labels = windows.input_ids[batch.rows].to(device), windows.labels[batch.rows].to(device)
+    ids, labels = batch.tokens(subject.model.lm_head.weight.device)
     if _observed(subject, execution, batch):
         return run_clean(subject.model, ids, labels, starts)
     mass, routing = MassObserver(subject.plan, slices(subject.plan, specs)), RoutingSums()
@@ -234,11 +227,11 @@ def _clean_run(
         routing(trace)
 
     clean = run_clean(subject.model, ids, labels, starts, observe)
-    identity = {"model": subject.name, **execution.identity(batch), "split": batch.split}
+    identity = {"model": subject.name, **batch.identity, "split": batch.split}
     nll = pd.DataFrame(identity | {"nll": clean.readout.nll.mean(-1).cpu().numpy()})
     observed = {"mass": mass.table(identity), "routing": routing.table(batch.split), "clean": nll}
     for kind in OBSERVED:
-        execution.pieces.put(Key(subject.name, batch.split, batch.number, kind), observed[kind])
+        execution.pieces.put(batch.key(subject.name, kind), observed[kind])
     return clean
 
 
@@ -250,25 +243,25 @@ def slices(plan: DepthPlan, specs: Sequence[Spec]) -> tuple[Cell, ...]:
 
 def _observed(subject: Subject, execution: Execution, batch: Batch) -> bool:
     """Whether everything that the clean run of a batch says is kept."""
-    return all(execution.pieces.has(Key(subject.name, batch.split, batch.number, kind)) for kind in OBSERVED)
+    return all(execution.pieces.has(batch.key(subject.name, kind)) for kind in OBSERVED)
 
 
 def _inputs(work: _Work, specs: Sequence[Spec], batch: Batch, execution: Execution) -> Inputs:
     """What these interventions borrow for a batch: one clean run of its donors, if any of them needs one."""
-    subject, plan, windows = work.subject, work.subject.plan, execution.windows[batch.split]
+    subject, plan, windows = work.subject, work.subject.plan, batch.windows
     device = subject.model.lm_head.weight.device
     weights: dict[int, Tensor] = {}
     sources: dict[int, tuple[Tensor, ...]] = {}
     if borrowed := reads_of(specs, plan, DONOR_KINDS):
         pilot_windows = execution.windows[Split.PILOT]
-        chosen = donors(windows, batch.split, pilot_windows, execution.seed)[batch.rows]
+        chosen = donors(windows, batch.split, pilot_windows, execution.seed)
 
         def keep(trace: Trace) -> None:
             if trace.site.read in borrowed:
                 weights[trace.site.read], sources[trace.site.read] = trace.log_weights, trace.sources
 
         run_through(subject.model, pilot_windows.input_ids[chosen].to(device), [], keep)
-    length, ids = windows.input_ids.shape[1], windows.window_ids[batch.rows].tolist()
+    length, ids = windows.input_ids.shape[1], windows.window_ids.tolist()
     drawn = {
         read: noise(ids, batch.split, read, length, plan.reads[read].num_sources, execution.seed).to(device)
         for read in reads_of(specs, plan, [MATCHED])
@@ -317,7 +310,7 @@ def _tables(subjects: Sequence[Subject], grid: Grid, done: Sequence[_Done], exec
 def _effects_table(subject: Subject, grid: Grid, done: Sequence[_Done], execution: Execution) -> pd.DataFrame:
     tables = []
     for _, batch, specs in done:
-        rows = execution.pieces.read(Key(subject.name, batch.split, batch.number, "effects"))
+        rows = execution.pieces.read(batch.key(subject.name, "effects"))
         order = {spec.id: place for place, spec in enumerate(specs)}
         if set(rows["cell"] if len(rows) else ()) != set(order):
             raise damaged(subject.name, batch)
@@ -341,7 +334,7 @@ def _observations(subject: Subject, batches: Sequence[Batch], execution: Executi
     tables: dict[str, list[pd.DataFrame]] = {kind: [] for kind in OBSERVED}
     for batch in batches:
         for kind in OBSERVED:
-            key = Key(subject.name, batch.split, batch.number, kind)
+            key = batch.key(subject.name, kind)
             if not execution.pieces.has(key):
                 raise damaged(subject.name, batch)
             tables[kind].append(execution.pieces.last(key))
