@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnres import faults
 from attnres.commands.hydra_door import Plain, configured_command
 from attnres.config import build, to_plain
-from attnres.files.provenance import collect, command_line
+from attnres.files.provenance import command_line
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from attnres.probe.config import ProbeConfig
+    from attnres.probe.preregistration import Fixed
+    from attnres.probe.runner import Measured
+    from attnres.statistics.config import StatisticsConfig
+    from attnres.statistics.judgement import Judged
 
 log = logging.getLogger(__name__)
 
@@ -64,24 +69,18 @@ def probe(config: "ProbeConfig", command: str) -> Result | None:
     # Here and not above: a configuration that is wrong is refused before torch is loaded.
     import torch
 
-    from attnres import faults
-    from attnres.files.whole_files import write_json
     from attnres.interventions.grid import make_grid
     from attnres.probe.checks import check_subjects
-    from attnres.probe.config import config_hash
     from attnres.probe.execution import executing, only_probe_in
-    from attnres.probe.pieces import PIECES, pieces_folder
+    from attnres.probe.pieces import PIECES
     from attnres.probe.preregistration import Fixed, register
     from attnres.probe.runner import measure
-    from attnres.probe.subjects import load_subjects, locate_checkpoints
-    from attnres.probe.summary import summarise, write_measured
-    from attnres.probe.token_viewer import write_viewer
+    from attnres.probe.subjects import load_subjects, locate_checkpoints, probe_folder
+    from attnres.probe.summary import write_measured
     from attnres.processes.devices import launched
     from attnres.processes.memory import out_of_memory
     from attnres.report.report import write_report
-    from attnres.statistics.judgement import findings, judge
-    from attnres.tables.folder import SUMMARY
-    from attnres.tables.roles import TRAINED
+    from attnres.tables.names import Model
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -89,45 +88,46 @@ def probe(config: "ProbeConfig", command: str) -> Result | None:
         checkpoints = locate_checkpoints(config)
         faults.point("probe.located")
         subjects = load_subjects(config, checkpoints, ranks)
-        text, grid = subjects.text, make_grid(config.probe, subjects.plans)
-        name = f"probe_{checkpoints.trained.run}-{config_hash(config, list(checkpoints.digests.values()))}"
-        folder = Path(config.runs_dir) / name
+        folder, grid = probe_folder(config, checkpoints), make_grid(config.probe, subjects.plans)
         with only_probe_in(folder, ranks), out_of_memory(_SMALLER):
             checks = check_subjects(subjects, grid)
             faults.point("probe.checked")
             if ranks.rank == 0:
                 log.info("%d checks passed; writing to %s", len(checks), folder)
-
             cells = config.statistics.grid_cells or grid.whole
             statistics = dataclasses.replace(config.statistics, grid_cells=cells)
-            hashes = {"data": text.corpus.fingerprint, "tokenizer": text.corpus.tokenizer_sha256, **checkpoints.digests}
-            provenance = collect(command, {"probe": config.probe.seed, "statistics": statistics.seed}, hashes)
-            fixed = Fixed(config.probe, to_plain(statistics), subjects, grid, checks, provenance)
+            fixed = Fixed(config.probe, to_plain(statistics), subjects, grid, checks, command)
             if ranks.rank == 0:
                 register(folder, fixed)
             faults.point("probe.registered")
-
-            pieces = pieces_folder(folder, config.probe, hashes, ranks.device.type)
-            with executing(config.probe, text.windows, pieces, ranks) as execution:
-                estimated = (TRAINED,) if config.probe.attribution else ()
+            with executing(folder, fixed, ranks) as execution:
+                estimated = (Model.TRAINED,) if config.probe.attribution else ()
                 measured = measure(subjects.models, grid, execution, estimated=estimated)
             if ranks.rank > 0:
                 return None
             faults.point("probe.tables")
-            write_measured(folder, measured)
-            write_viewer(folder, subjects.trained, text.windows["confirm"], text.corpus)
-
-            summary = summarise(folder, fixed, measured)
-            models, effects = summary["models"], measured.effects
-            judged = judge(effects, measured.mass, measured.eligibility, statistics, models)
-            judged.write(folder)
-            claims = findings(judged, effects, summary["checks"], statistics, models, measured.attribution)
-            write_json(folder / SUMMARY, summary | claims)
-
+            write_measured(folder, fixed, measured)
+            judged = _judge(folder, fixed, measured, statistics)
             report = write_report(folder)
             shutil.rmtree(folder / PIECES)
             return Result(folder, report, judged.cells)
     return None
+
+
+def _judge(folder: Path, fixed: "Fixed", measured: "Measured", statistics: "StatisticsConfig") -> "Judged":
+    """The tables of verdicts, and `summary.json` with the claims."""
+    from attnres.files.whole_files import write_json
+    from attnres.probe.summary import summarise
+    from attnres.statistics.judgement import findings, judge
+    from attnres.tables.folder import SUMMARY
+
+    summary = summarise(folder, fixed, measured)
+    models, effects = summary["models"], measured.effects
+    judged = judge(effects, measured.mass, measured.eligibility, statistics, models)
+    judged.write(folder)
+    claims = findings(judged, effects, summary["checks"], statistics, models, measured.attribution)
+    write_json(folder / SUMMARY, summary | claims)
+    return judged
 
 
 def verdict_table(cells: "pd.DataFrame") -> str:

@@ -24,19 +24,17 @@ class Candidate:
     Attributes:
         model: its name.
         spec: what is done where.
-        cell: where the model's depth plan lets it be judged.
-        reason: why it is excluded; empty where it is eligible.
+        cell: where it can be judged, or why it is excluded.
     """
 
     model: str
     spec: Spec
     cell: Cell
-    reason: str
 
     @property
     def is_mask(self) -> bool:
         """Whether it is an eligible mask of one family."""
-        return self.spec.what == MASK and not self.reason
+        return self.spec.what == MASK and self.cell.eligible
 
     @property
     def row(self) -> dict[str, Any]:
@@ -48,8 +46,8 @@ class Candidate:
             "family": self.cell.family,
             "sublayer": self.cell.sublayer,
             "band": self.cell.band,
-            "eligible": not self.reason,
-            "reason": self.reason,
+            "eligible": self.cell.eligible,
+            "reason": self.cell.reason,
             "eligible_reads": len(self.cell.reads),
             "reads": self.cell.candidates,
             "mean_sources": self.cell.mean_sources,
@@ -71,12 +69,8 @@ class Grid:
     @classmethod
     def of(cls, specs: Sequence[Spec], plans: Mapping[str, DepthPlan], whole: int | None = None) -> "Grid":
         """The grid of these cells in models with these plans; the plan alone decides which are eligible."""
-        found = []
-        for model, plan in plans.items():
-            for spec in specs:
-                cell = spec.cell(plan)
-                found.append(Candidate(model, spec, cell, cell.reason))
-        return cls(tuple(found), len(specs) if whole is None else whole)
+        everywhere = (Candidate(model, spec, spec.cell(plan)) for model, plan in plans.items() for spec in specs)
+        return cls(tuple(everywhere), len(specs) if whole is None else whole)
 
     @property
     def specs(self) -> list[Spec]:
@@ -85,17 +79,17 @@ class Grid:
 
     def eligible(self, model: str) -> list[Spec]:
         """The cells that can be judged in a model."""
-        return [one.spec for one in self.candidates if one.model == model and not one.reason]
+        return [one.spec for one in self.candidates if one.model == model and one.cell.eligible]
 
     def excluding(self, model: str, reasons: Mapping[str, str]) -> "Grid":
-        """This grid without some more cells of a model: id -> why it cannot be carried out."""
-        return replace(
-            self,
-            candidates=tuple(
-                replace(one, reason=one.reason or reasons.get(one.spec.id, "")) if one.model == model else one
-                for one in self.candidates
-            ),
-        )
+        """This grid without some more cells of a model: id -> why it cannot be carried out, empty where it can."""
+        candidates = [
+            replace(one, cell=replace(one.cell, reason=reasons[one.spec.id]))
+            if one.model == model and one.cell.eligible and one.spec.id in reasons
+            else one
+            for one in self.candidates
+        ]
+        return replace(self, candidates=tuple(candidates))
 
 
 def make_grid(config: GridConfig, plans: Mapping[str, DepthPlan]) -> Grid:

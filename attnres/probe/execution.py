@@ -16,8 +16,8 @@ from attnres.data import ProbeWindows
 from attnres.errors import AttnResError, ConfigError, Stopped, StorageError
 from attnres.files.run_folder import LOCK, refuse_links
 from attnres.files.whole_files import locked, storage_errors
-from attnres.interventions.config import GridConfig
-from attnres.probe.pieces import Key, Pieces
+from attnres.probe.pieces import Key, Pieces, pieces_folder
+from attnres.probe.preregistration import Fixed
 from attnres.processes.devices import Ranks
 from attnres.processes.signals import StopSignals
 
@@ -123,11 +123,10 @@ class Execution:
 
 
 @contextmanager
-def executing(
-    config: GridConfig, windows: Mapping[str, ProbeWindows], pieces_folder: Path, ranks: Ranks
-) -> Iterator[Execution]:
-    """The execution of a command: pieces on disk, a bar in the terminal, and signals that stop it between two cells."""
-    pieces = Pieces(pieces_folder)
+def executing(folder: Path, fixed: Fixed, ranks: Ranks) -> Iterator[Execution]:
+    """The execution of a command: pieces in the probe's folder, a bar in the terminal, signals that stop it."""
+    config = fixed.config
+    pieces = Pieces(pieces_folder(folder, config, fixed.subjects.hashes, ranks.device.type))
     if ranks.rank == 0:
         pieces.remove_leftovers()
     ranks.agree()
@@ -136,7 +135,7 @@ def executing(
         tqdm(unit="cell", desc="probe", mininterval=1.0, disable=ranks.rank > 0) as bar,
     ):
         yield Execution(
-            windows,
+            fixed.subjects.text.windows,
             config.batch_size,
             config.seed,
             config.cells_per_pass,

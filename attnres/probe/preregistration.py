@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from attnres.config import to_plain
 from attnres.depth.families import BANDS, band_layers
 from attnres.errors import ConfigError
 from attnres.files import formats
+from attnres.files.provenance import collect
 from attnres.files.whole_files import read_object, write_json, write_text
 from attnres.interventions.config import GridConfig
 from attnres.interventions.grid import Grid
@@ -56,7 +58,7 @@ class Fixed:
         subjects: the models and their text.
         grid: every cell in every model, as the depth plans decide on it.
         checks: all passed.
-        provenance: see `attnres.files.provenance.collect`.
+        command: that started the probe.
     """
 
     config: GridConfig
@@ -64,7 +66,13 @@ class Fixed:
     subjects: Subjects
     grid: Grid
     checks: Sequence[Check]
-    provenance: Mapping[str, Any]
+    command: str
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the results come from: code, versions, hardware, seeds, hashes."""
+        seeds = {"probe": self.config.seed, "statistics": self.statistics["seed"]}
+        return collect(self.command, seeds, self.subjects.hashes)
 
 
 def preregistration(fixed: Fixed) -> dict[str, Any]:

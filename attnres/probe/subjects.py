@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from attnres.model.loading import load_model
 from attnres.model.locate import Located, locate, locate_baseline
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.wraps import SCHEDULES, wrap_qwen3
-from attnres.probe.config import ProbeConfig
+from attnres.probe.config import ProbeConfig, config_hash
 from attnres.probe.nulls import NULLS, null_model
 from attnres.probe.text import ProbeText, probe_text
 from attnres.processes.devices import Ranks
@@ -84,11 +85,13 @@ class Subjects:
         models: the trained one, the wraps of its baseline, controls, nulls.
         vanilla: the baseline without a wrap.
         text: what they read.
+        hashes: of what -> hash of text, tokenizer and every checkpoint.
     """
 
     models: tuple[Subject, ...]
     vanilla: Qwen3ForCausalLM
     text: ProbeText
+    hashes: Mapping[str, str | None]
 
     @property
     def trained(self) -> Subject:
@@ -109,6 +112,12 @@ def locate_checkpoints(config: ProbeConfig) -> Checkpoints:
     """
     trained = locate(config.ckpt)
     return Checkpoints(trained, locate_baseline(config.baseline, trained), _locate_controls(config, trained))
+
+
+def probe_folder(config: ProbeConfig, checkpoints: Checkpoints) -> Path:
+    """Where a probe is written: named by its configuration and by the weights that it looks at."""
+    digest = config_hash(config, list(checkpoints.digests.values()))
+    return Path(config.runs_dir) / f"probe_{checkpoints.trained.run}-{digest}"
 
 
 def load_subjects(config: ProbeConfig, checkpoints: Checkpoints, ranks: Ranks) -> Subjects:
@@ -149,7 +158,8 @@ def load_subjects(config: ProbeConfig, checkpoints: Checkpoints, ranks: Ranks) -
         for schedule in config.probe.schedules
     ]
     first = Subject(TRAINED, trained, located=checkpoints.trained, kind="trained AttnRes")
-    return Subjects((first, *wraps, *controls, *nulls), vanilla, text)
+    hashes = {"data": text.corpus.fingerprint, "tokenizer": text.corpus.tokenizer_sha256, **checkpoints.digests}
+    return Subjects((first, *wraps, *controls, *nulls), vanilla, text, hashes)
 
 
 def _locate_controls(config: ProbeConfig, trained: Located) -> dict[str, Located]:

@@ -11,12 +11,14 @@ from attnres.probe.checks import DISTANCE
 from attnres.probe.preregistration import Fixed, now
 from attnres.probe.runner import Measured
 from attnres.probe.subjects import Subject
+from attnres.probe.token_viewer import write_viewer
 from attnres.tables import columns
 from attnres.tables.folder import PREREGISTRATION, registered_as
+from attnres.tables.names import Split
 
 
-def write_measured(folder: Path, measured: Measured) -> None:
-    """Writes every table that was measured, each whole or not at all."""
+def write_measured(folder: Path, fixed: Fixed, measured: Measured) -> None:
+    """Writes every table that was measured and what the token viewer shows, each file whole or not at all."""
     tables = {columns.EFFECTS: measured.effects, columns.MASS: measured.mass}
     if len(measured.attribution):
         tables[columns.ATTRIBUTION] = measured.attribution
@@ -27,6 +29,8 @@ def write_measured(folder: Path, measured: Measured) -> None:
         measured.effects.to_csv(path, index=False)
     for table, frame in ((columns.ROUTING, measured.routing), (columns.ELIGIBILITY, measured.eligibility)):
         write_text(folder / table.name, frame.to_csv(index=False))
+    text = fixed.subjects.text
+    write_viewer(folder, fixed.subjects.trained, text.windows[Split.CONFIRM], text.corpus)
 
 
 def summarise(folder: Path, fixed: Fixed, measured: Measured) -> dict[str, Any]:

@@ -231,6 +231,6 @@ def test_grid_excludes_in_two_steps_and_each_is_a_value():
     piloted = planned.excluding("attnres", {"mean@mlp.late": "no pilot", "mask:recent@attn.layer0": "not this reason"})
     assert piloted.eligible("attnres") == [specs[0]]
     assert piloted.eligible("recency") == planned.eligible("recency") and planned.specs == piloted.specs == specs
-    reasons = {one.spec.id: one.reason for one in piloted.candidates if one.model == "attnres"}
+    reasons = {one.spec.id: one.cell.reason for one in piloted.candidates if one.model == "attnres"}
     assert reasons["mean@mlp.late"] == "no pilot" and reasons["mask:recent@attn.layer0"].startswith("only one source")
     assert planned.eligible("attnres") == [specs[0], specs[2]]

@@ -23,5 +23,5 @@ def measure_cells(
     """`excluding=False` measures what the depth plan would exclude as well; `how`: further fields of the execution."""
     grid = Grid.of(specs, {subject.name: subject.plan})
     if not excluding:
-        grid = Grid(tuple(replace(candidate, reason="") for candidate in grid.candidates), grid.whole)
+        grid = Grid(tuple(replace(one, cell=replace(one.cell, reason="")) for one in grid.candidates), grid.whole)
     return measure([subject], grid, Execution(windows, batch_size, **how))

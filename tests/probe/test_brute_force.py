@@ -161,8 +161,8 @@ def test_every_intervention_equals_its_recomputation(convention):
         }
         for name, values in wanted.items():
             # The measurement itself is in fp32.
-            found = torch.tensor(rows[name].to_numpy()).double()
-            torch.testing.assert_close(found, values, rtol=1e-4, atol=3e-6, msg=lambda m, i=item.id: f"{i}: {m}")
+            measured = torch.tensor(rows[name].to_numpy()).double()
+            torch.testing.assert_close(measured, values, rtol=1e-4, atol=3e-6, msg=lambda m, i=item.id: f"{i}: {m}")
         if item.kind == "noop":
             assert bool((rows[["dnll", "kl", "flips"]] == 0).all(axis=None))
         else:
@@ -200,8 +200,8 @@ def test_compositions_equal_their_recomputation(convention):
         edited, _ = recompute(model, drawn.input_ids, change)
         rows = tables.effects[(tables.effects["cell"] == spec.id) & (tables.effects["split"] == "confirm")]
         kl = (clean.exp() * (clean - edited)).sum(-1).mean(-1)
-        found = torch.tensor(rows.sort_values("window")["kl"].to_numpy()).double()
-        torch.testing.assert_close(found, kl, rtol=1e-4, atol=3e-6)
+        measured = torch.tensor(rows.sort_values("window")["kl"].to_numpy()).double()
+        torch.testing.assert_close(measured, kl, rtol=1e-4, atol=3e-6)
         assert float(kl.min()) > 1e-5
 
 

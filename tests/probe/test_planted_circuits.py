@@ -60,13 +60,15 @@ def test_planted_sites_are_causal_and_others_are_not(everything):
         for cell, verdict in one.verdicts.items()
         if verdict != "excluded"
     ]
-    found = sum(verdict == "causal" for verdict, planted in judged if planted)
+    detected = sum(verdict == "causal" for verdict, planted in judged if planted)
     sites = sum(planted for _, planted in judged)
     others = [verdict for verdict, planted in judged if not planted]
     counts = pd.Series(others).value_counts().to_dict()
-    print(f"\n{len(everything)} models: {found} of {sites} planted sites causal; {len(others)} other cells: {counts}")
+    print(
+        f"\n{len(everything)} models: {detected} of {sites} planted sites causal; {len(others)} other cells: {counts}"
+    )
     assert sites == sum(len(one.planted.causal) for one in everything)
-    assert found == sites
+    assert detected == sites
     assert others.count("causal") <= 0.05 * len(others)
 
 
