@@ -21,7 +21,7 @@ from attnres.probe.preregistration import Fixed
 from attnres.processes.devices import Ranks
 from attnres.processes.signals import StopSignals
 
-FREE_SPACE = "free space or choose another runs_dir"
+_FREE = "free space or choose another runs_dir"
 _PROMISE = "finishing the current cell, then stopping"
 
 # Split -> the windows that a stage measures, by position.
@@ -135,14 +135,14 @@ def executing(folder: Path, fixed: Fixed, ranks: Ranks) -> Iterator[Execution]:
         tqdm(unit="cell", desc="probe", mininterval=1.0, disable=ranks.rank > 0) as bar,
     ):
         yield Execution(
-            fixed.subjects.text.windows,
-            config.batch_size,
-            config.seed,
-            config.cells_per_pass,
-            pieces,
-            ranks,
-            bar,
-            lambda: signals.received.name if signals.received else "",
+            windows=fixed.subjects.text.windows,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            cells_per_pass=config.cells_per_pass,
+            pieces=pieces,
+            ranks=ranks,
+            progress=bar,
+            stop=lambda: signals.received.name if signals.received else "",
         )
 
 
@@ -154,7 +154,7 @@ def only_probe_in(folder: Path, ranks: Ranks) -> Iterator[None]:
         ConfigError: another probe is at work in it.
         StorageError: it cannot be written.
     """
-    with ExitStack() as stack, storage_errors(folder, FREE_SPACE):
+    with ExitStack() as stack, storage_errors(folder, _FREE):
         taken: AttnResError | None = None
         if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)

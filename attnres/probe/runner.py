@@ -295,16 +295,16 @@ def _tables(subjects: Sequence[Subject], grid: Grid, done: Sequence[_Done], exec
     Raises:
         StorageError: a piece is missing, because it was damaged after it was written.
     """
-    effects, mass, routing, clean = [], [], [], []
+    tables: dict[str, list[pd.DataFrame]] = {"effects": [], "mass": [], "routing": [], "clean": []}
     for subject in subjects:
         mine = [one for one in done if one.model == subject.name]
         observed = _observations(subject, [one.batch for one in mine], execution)
         confirm = {name: rows[rows["split"] == Split.CONFIRM] for name, rows in observed.items()}
-        effects.append(_effects_table(subject, grid, mine, execution))
-        mass.append(observed["mass"])
-        routing.append(routing_table(subject, routing_means(confirm["routing"])))
-        clean.append(confirm["clean"])
-    return Measured(grid, *(pd.concat(tables, ignore_index=True) for tables in (effects, mass, routing, clean)))
+        tables["effects"].append(_effects_table(subject, grid, mine, execution))
+        tables["mass"].append(observed["mass"])
+        tables["routing"].append(routing_table(subject, routing_means(confirm["routing"])))
+        tables["clean"].append(confirm["clean"])
+    return Measured(grid, **{name: pd.concat(rows, ignore_index=True) for name, rows in tables.items()})
 
 
 def _effects_table(subject: Subject, grid: Grid, done: Sequence[_Done], execution: Execution) -> pd.DataFrame:

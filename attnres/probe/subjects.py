@@ -148,12 +148,12 @@ def load_subjects(config: ProbeConfig, checkpoints: Checkpoints, ranks: Ranks) -
     blocks, bias = trained.config.attnres_num_blocks, config.probe.recency_bias
     wraps = [
         Subject(
-            schedule,
-            wrap_qwen3(vanilla, schedule, blocks, bias),
-            schedule,
-            bias if schedule == "recency" else 0.0,
-            checkpoints.baseline,
-            f"vanilla Qwen3, {schedule} wrap",
+            name=schedule,
+            model=wrap_qwen3(vanilla, schedule, blocks, bias),
+            schedule=schedule,
+            recency_bias=bias if schedule == "recency" else 0.0,
+            located=checkpoints.baseline,
+            kind=f"vanilla Qwen3, {schedule} wrap",
         )
         for schedule in config.probe.schedules
     ]
