@@ -77,19 +77,23 @@ class Grid:
         """What is asked for, each cell once."""
         return list(dict.fromkeys(candidate.spec for candidate in self.candidates))
 
+    def of_model(self, model: str) -> list[Candidate]:
+        """A model's candidates."""
+        return [candidate for candidate in self.candidates if candidate.model == model]
+
     def eligible(self, model: str) -> list[Spec]:
         """The cells that can be judged in a model."""
-        return [one.spec for one in self.candidates if one.model == model and one.cell.eligible]
+        return [candidate.spec for candidate in self.of_model(model) if candidate.cell.eligible]
 
     def excluding(self, model: str, reasons: Mapping[str, str]) -> "Grid":
         """This grid without some more cells of a model: id -> why it cannot be carried out, empty where it can."""
-        candidates = [
-            replace(one, cell=replace(one.cell, reason=reasons[one.spec.id]))
-            if one.model == model and one.cell.eligible and one.spec.id in reasons
-            else one
-            for one in self.candidates
-        ]
-        return replace(self, candidates=tuple(candidates))
+
+        def judged(candidate: Candidate) -> Candidate:
+            if candidate.model != model or not candidate.cell.eligible:
+                return candidate
+            return replace(candidate, cell=replace(candidate.cell, reason=reasons.get(candidate.spec.id, "")))
+
+        return replace(self, candidates=tuple(map(judged, self.candidates)))
 
 
 def make_grid(config: GridConfig, plans: Mapping[str, DepthPlan]) -> Grid:

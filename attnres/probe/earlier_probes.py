@@ -57,5 +57,6 @@ def earlier_probes(folder: Path, registered: Mapping[str, Any]) -> list[dict[str
 
 def _differs(registered: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of the other probe that is not this one's."""
-    ours, theirs = (dict(one["statistics"]) | dict(one["probe"]) for one in (json.loads(json.dumps(registered)), other))
+    plain = json.loads(json.dumps(registered))
+    ours, theirs = (dict(probe["statistics"]) | dict(probe["probe"]) for probe in (plain, other))
     return {key: value for key, value in theirs.items() if ours.get(key) != value}

@@ -94,37 +94,30 @@ def measure(
         StorageError: a piece was damaged after it was written.
         Stopped: a signal came; what is finished is kept.
     """
-    pilots: dict[str, Pilot | None] = {}
+    works = {}
     for subject in subjects:
         execution.progress.set_postfix_str(subject.name)
         execution.together(partial(_run_pilot, subject, grid.eligible(subject.name), execution))
-        pilot = pilots[subject.name] = _pilot_of(subject, execution)
-        pilot_windows = execution.windows.get(Split.PILOT)
+        pilot, pilot_windows = _pilot_of(subject, execution), execution.windows.get(Split.PILOT)
         eligible = grid.eligible(subject.name)
         reasons = {spec.id: unavailable(spec, subject.plan, pilot, pilot_windows) for spec in eligible}
         grid = grid.excluding(subject.name, reasons)
-    works = {one.name: _Work(one, tuple(grid.eligible(one.name)), pilots[one.name]) for one in subjects}
+        works[subject.name] = _Work(subject, tuple(grid.eligible(subject.name)), pilot)
     needed: Needed = {name: [spec.id for spec in work.specs] for name, work in works.items()}
     done: list[_Done] = []
     execution.progress.reset(0)
     for stage in execution.batches:
-        cells = {name: works[name].chosen(ids) for name, ids in needed.items()}
+        cells = {name: [spec for spec in works[name].specs if spec.id in ids] for name, ids in needed.items()}
         execution.progress.total += len(execution.mine(stage)) * sum(map(len, cells.values()))
         for name, specs in cells.items():
             execution.progress.set_postfix_str(name)
             execution.together(partial(_run_cells, works[name], specs, stage, execution))
-        done += [_Done(name, batch, specs) for batch in stage for name, specs in cells.items()]
+            done += [_Done(name, batch, specs) for batch in stage]
         measured = _tables(subjects, grid, done, execution)
         if stage is execution.batches[-1] or not (needed := what_next(measured)):
             break
-    tables = []
-    for subject in subjects:
-        batches = [one.batch for one in done if one.model == subject.name]
-        masks = {one.spec.id: one.cell for one in grid.candidates if one.model == subject.name and one.is_mask}
-        if subject.name in estimated and masks:
-            execution.together(partial(run_attribution, subject, masks, batches, execution))
-            tables.append(attribution_table(subject, batches, execution))
-    return replace(measured, attribution=pd.concat(tables, ignore_index=True)) if tables else measured
+    estimates = [_estimates(subject, grid, done, execution) for subject in subjects if subject.name in estimated]
+    return replace(measured, attribution=pd.concat(estimates, ignore_index=True)) if estimates else measured
 
 
 @dataclass(frozen=True)
@@ -135,16 +128,13 @@ class _Work:
     specs: tuple[Spec, ...]
     pilot: Pilot | None
 
-    def chosen(self, ids: Collection[str]) -> tuple[Spec, ...]:
-        return tuple(spec for spec in self.specs if spec.id in ids)
-
 
 class _Done(NamedTuple):
     """Cells of a model that were measured on a batch."""
 
     model: str
     batch: Batch
-    specs: tuple[Spec, ...]
+    specs: Sequence[Spec]
 
 
 @torch.no_grad()
@@ -297,8 +287,8 @@ def _tables(subjects: Sequence[Subject], grid: Grid, done: Sequence[_Done], exec
     """
     tables: dict[str, list[pd.DataFrame]] = {"effects": [], "mass": [], "routing": [], "clean": []}
     for subject in subjects:
-        mine = [one for one in done if one.model == subject.name]
-        observed = _observations(subject, [one.batch for one in mine], execution)
+        mine = [entry for entry in done if entry.model == subject.name]
+        observed = _observations(subject, [entry.batch for entry in mine], execution)
         confirm = {name: rows[rows["split"] == Split.CONFIRM] for name, rows in observed.items()}
         tables["effects"].append(_effects_table(subject, grid, mine, execution))
         tables["mass"].append(observed["mass"])
@@ -318,7 +308,7 @@ def _effects_table(subject: Subject, grid: Grid, done: Sequence[_Done], executio
             rows = rows.sort_values("cell", key=lambda column, order=order: column.map(order), kind="stable")
             tables.append(rows.assign(model=subject.name, split=batch.split))
     effects = pd.concat(tables, ignore_index=True) if tables else _no_effects()
-    cells = {one.spec.id: one.row for one in grid.candidates if one.model == subject.name}
+    cells = {candidate.spec.id: candidate.row for candidate in grid.of_model(subject.name)}
     for column in ("intervention", *columns.SLICE):
         effects[column] = effects["cell"].map({cell: row[column] for cell, row in cells.items()})
     return effects[columns.EFFECTS.names]
@@ -327,6 +317,16 @@ def _effects_table(subject: Subject, grid: Grid, done: Sequence[_Done], executio
 def _no_effects() -> pd.DataFrame:
     types = {"text": "object", "integer": "int64", "number": "float32"}
     return pd.DataFrame({column.name: pd.Series(dtype=types[column.type]) for column in columns.EFFECTS.columns})
+
+
+def _estimates(subject: Subject, grid: Grid, done: Sequence[_Done], execution: Execution) -> pd.DataFrame:
+    """Estimates from gradients for the masks of a model; empty where it has none."""
+    masks = {candidate.spec.id: candidate.cell for candidate in grid.of_model(subject.name) if candidate.is_mask}
+    if not masks:
+        return pd.DataFrame()
+    batches = [batch for model, batch, _ in done if model == subject.name]
+    execution.together(partial(run_attribution, subject, masks, batches, execution))
+    return attribution_table(subject, batches, execution)
 
 
 def _observations(subject: Subject, batches: Sequence[Batch], execution: Execution) -> dict[str, pd.DataFrame]:
