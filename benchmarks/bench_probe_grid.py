@@ -22,9 +22,10 @@ import torch
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.depth.families import Places
 from attnres.interventions.config import GridConfig
+from attnres.interventions.edits import edit
 from attnres.interventions.grid import candidates
 from attnres.interventions.ids import Spec
-from attnres.model.state import Context
+from attnres.model.modeling import Context
 from attnres.probe.passes import first_layer, run_clean, run_edited
 
 LIMIT = 1.15
@@ -99,7 +100,7 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
             for spec in specs:
                 spent["floor"] += timed(lambda start=start: onward(start))
                 spent["reuse"] += timed(lambda spec=spec: clean.readout.compare(run_edited(model, clean, spec)))
-            edited = replace(clean.context, edit=specs[0].edit(plan))
+            edited = replace(clean.context, edit=edit(specs[0], plan))
             spent["embedding"] += len(specs) * timed(lambda edited=edited: onward(0, edited))
         if round_:
             for name, seconds in spent.items():

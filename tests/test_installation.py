@@ -60,7 +60,8 @@ def test_dockerfile_python_lines_work_in_a_fresh_environment(tmp_path):
         done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     check = (
-        "import attnres, attnres.commands.hydra_door, attnres.training.fit, attnres.probe.run; print(attnres.__file__)"
+        "import attnres, attnres.commands.hydra_door, attnres.training.fit, attnres.probe.runner;"
+        "print(attnres.__file__)"
     )
     done = subprocess.run(
         [".venv/bin/python", "-c", check], cwd=tmp_path, env=environment, capture_output=True, text=True

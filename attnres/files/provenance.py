@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,16 @@ def git_state() -> dict[str, Any]:
     return {"sha": sha, "dirty": None if status is None else bool(status)}
 
 
-def source_digest() -> str:
-    """sha256 over the modules of this package, in the order of their paths: the code that runs, committed or not."""
-    here, found = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        found.update(f"{path.relative_to(here)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return found.hexdigest()
+def source_digest(rooms: Sequence[str]) -> str:
+    """sha256 over the modules of some rooms, in the order of their paths: the code that runs, committed or not.
+
+    Args:
+        rooms: folders of the package, e.g. `"ops"`, `"data/windows"`.
+    """
+    here, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(path for room in rooms for path in (here / room).rglob("*.py")):
+        digest.update(f"{path.relative_to(here)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:

@@ -14,12 +14,14 @@ from torch import Tensor
 from attnres.data import ProbeWindows
 from attnres.depth.plan import DepthPlan
 from attnres.interventions.ids import DONOR_KINDS, Spec
+from attnres.tables.columns import SLICE
+from attnres.tables.names import Split
 
 _DONOR_STREAM, _NOISE_STREAM = 11, 12
-_SPLITS = ("pilot", "confirm")
+# Their order is part of the seed.
+_SPLITS = (Split.PILOT, Split.CONFIRM)
 # A family with more mass than this, on average over a cell, leaves too little outside to match.
 MATCHED_LIMIT = 0.5
-SLICE = ["family", "sublayer", "band"]
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,21 @@ class Pilot:
 
 def reads_of(specs: Iterable[Spec], plan: DepthPlan, kinds: Sequence[str]) -> list[int]:
     """The reads at which interventions of some kinds act."""
-    parts = {part for spec in specs for part in spec.parts if part.kind in kinds}
-    return sorted({read for part in parts for read in part.cell(plan).reads})
+    members = {member for spec in specs for member in spec.members if member.kind in kinds}
+    return sorted({read for member in members for read in member.cell(plan).reads})
 
 
 def unavailable(spec: Spec, plan: DepthPlan, pilot: Pilot | None, pilot_windows: ProbeWindows | None) -> str:
     """Why an intervention that the depth plan admits cannot be carried out on this model and this text; else empty."""
-    for part in spec.parts:
-        if part.kind in DONOR_KINDS:
+    for member in spec.members:
+        if member.kind in DONOR_KINDS:
             documents = 0 if pilot_windows is None else len(set(pilot_windows.document_ids.tolist()))
             if documents < 2:
                 return f"the pilot split has {documents} document(s), so not every window has another to borrow from"
-        elif part.kind == "mean" and pilot is None:
+        elif member.kind == "mean" and pilot is None:
             return "there is no pilot split to take mean weights from"
-        elif part.kind == "matched":
-            cell = part.cell(plan)
+        elif member.kind == "matched":
+            cell = member.cell(plan)
             if pilot is None:
                 return "there is no pilot split to measure the family's mass on"
             held = pilot.mass[cell.family, cell.sublayer, cell.band]
@@ -69,12 +71,12 @@ def unavailable(spec: Spec, plan: DepthPlan, pilot: Pilot | None, pilot_windows:
 
 def donors(windows: ProbeWindows, split: str, pilot: ProbeWindows, seed: int) -> Tensor:
     """For each window `[N]`, the position in the pilot split of a window of another document, by seed and window."""
-    owners, found = pilot.document_ids.numpy(), []
+    owners, chosen = pilot.document_ids.numpy(), []
     for window, document in zip(windows.window_ids.tolist(), windows.document_ids.tolist(), strict=True):
         others = np.flatnonzero(owners != document)
         rng = np.random.default_rng([seed, _DONOR_STREAM, _SPLITS.index(split), window])
-        found.append(int(rng.choice(others)))
-    return torch.tensor(found, dtype=torch.int64)
+        chosen.append(int(rng.choice(others)))
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def noise(window_ids: Sequence[int], split: str, read: int, length: int, num_sources: int, seed: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""What interventions do to log weights and source vectors at a read: pure functions, composed into edits of a model."""
+"""What interventions do to log weights and source vectors at a read: pure functions, composed into edits of a model.
+
+`edit` turns a specification (`ids.py`) into what the model takes; `_change` says which change carries out which kind.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +11,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from attnres.depth.families import family_indices
+from attnres.depth.plan import DepthPlan
+from attnres.interventions.ids import Intervention, Spec
 from attnres.model.state import Site
 
 # Most of the mass outside a family that its matched control may remove: what is left must carry the read.
@@ -142,7 +148,7 @@ class RoutingEdit:
         return sources
 
 
-CLEAN = RoutingEdit({})
+NO_EDIT = RoutingEdit({})
 
 
 @dataclass(frozen=True)
@@ -150,26 +156,74 @@ class RowsEdit:
     """Different edits for different rows of one batch.
 
     Attributes:
-        parts: one edit for each group of rows.
-        rows: rows of a group; the batch has `rows * len(parts)`.
+        edits: one for each group of rows.
+        rows: rows of a group; the batch has `rows * len(edits)`.
     """
 
-    parts: Sequence[RoutingEdit]
+    edits: Sequence[RoutingEdit]
     rows: int
 
     def names(self, site: Site) -> bool:
         return True
 
     def __call__(self, site: Site, log_weights: Tensor) -> Tensor:
-        if not any(site.read in part.at for part in self.parts):
+        if not any(site.read in edit.at for edit in self.edits):
             return log_weights
         groups = log_weights.split(self.rows)
-        return torch.cat([part(site, group) for part, group in zip(self.parts, groups, strict=True)])
+        return torch.cat([edit(site, group) for edit, group in zip(self.edits, groups, strict=True)])
 
     def vectors(self, site: Site, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        exchanging = (isinstance(change, VectorChange) for part in self.parts for change in part.at.get(site.read, ()))
+        exchanging = (isinstance(change, VectorChange) for edit in self.edits for change in edit.at.get(site.read, ()))
         if not any(exchanging):
             return sources
         groups = zip(*(source.split(self.rows) for source in sources), strict=True)
-        changed = [part.vectors(site, tuple(group)) for part, group in zip(self.parts, groups, strict=True)]
-        return tuple(torch.cat(pieces) for pieces in zip(*changed, strict=True))
+        changed = [edit.vectors(site, tuple(group)) for edit, group in zip(self.edits, groups, strict=True)]
+        return tuple(torch.cat(rows) for rows in zip(*changed, strict=True))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What interventions need beside the model, for one batch of windows.
+
+    Attributes:
+        mean: read -> mean routing weights `[S]` on the pilot split.
+        donor_weights: read -> log weights `[B, T, S]` of each window's donor.
+        donor_sources: read -> source vectors of each window's donor, S tensors `[B, T, D]`.
+        noise: read -> uniform numbers `[B, T, S]`, a function of seed, window and read.
+    """
+
+    mean: Mapping[int, Tensor]
+    donor_weights: Mapping[int, Tensor]
+    donor_sources: Mapping[int, tuple[Tensor, ...]]
+    noise: Mapping[int, Tensor]
+
+
+NO_INPUTS = Inputs({}, {}, {}, {})
+
+
+def edit(spec: Spec, plan: DepthPlan, inputs: Inputs = NO_INPUTS) -> RoutingEdit:
+    """The edit that carries an intervention out at the eligible reads of a model with this plan."""
+    changes: dict[int, tuple[Change, ...]] = {}
+    for member in spec.members:
+        for read in member.cell(plan).reads if member.kind != "noop" else ():
+            change = _change(member, plan.reads[read].num_sources, read, inputs)
+            changes[read] = (*changes.get(read, ()), change)
+    return RoutingEdit(changes)
+
+
+def _change(item: Intervention, num_sources: int, read: int, inputs: Inputs) -> Change:
+    if item.family is not None:
+        members = family_indices(item.family, num_sources)
+        if item.kind == "values":
+            return Exchange(members, tuple(inputs.donor_sources[read][i] for i in members))
+        if item.kind == "matched":
+            return RemoveMatched(members, inputs.noise[read])
+        return Scale(members, 0.0 if item.argument is None else item.argument)
+    if item.kind == "resample":
+        return Replace(inputs.donor_weights[read])
+    if item.kind == "mean":
+        # A weight that underflowed stays finite: what sets all weights of a read removes none of its sources.
+        return Replace(torch.log(inputs.mean[read].clamp_min(torch.finfo(torch.float32).tiny)))
+    logits = torch.zeros(num_sources, dtype=torch.float64)
+    logits[-1] = item.argument or 0.0
+    return Replace(torch.log_softmax(logits, -1))

@@ -1,4 +1,4 @@
-"""Interventions on routing: frozen specifications with a string id, and the edits that carry them out.
+"""The grammar of interventions on routing: frozen specifications with a string id. What they do is in `edits.py`.
 
 An id names what is done, to which family, and where:
 
@@ -18,19 +18,12 @@ takes the same path.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
-
-import torch
-from torch import Tensor
 
 from attnres.depth.families import FAMILIES, WHOLE_READ, Cell, cell, check_place, family_indices, place_reads
 from attnres.depth.plan import DepthPlan
 from attnres.errors import ConfigError
-from attnres.interventions.edits import CLEAN, Change, Exchange, RemoveMatched, Replace, RoutingEdit, Scale
-
-__all__ = ["CLEAN", "KINDS", "Composition", "Intervention", "Kind", "Materials", "Spec", "parse"]
 
 Kind = Literal["noop", "mask", "scale", "values", "matched", "mean", "uniform", "schedule", "resample"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,26 +32,7 @@ FAMILY_KINDS = ("mask", "scale", "values", "matched")
 ARGUMENTS = {"scale": "a factor of 0 or more", "schedule": "the bias b in nats"}
 # Kinds that take vectors or weights from another document.
 DONOR_KINDS = ("values", "resample")
-
-
-@dataclass(frozen=True)
-class Materials:
-    """What interventions need beside the model, for one batch of windows.
-
-    Attributes:
-        mean: read -> mean routing weights `[S]` on the pilot split.
-        donor_weights: read -> log weights `[B, T, S]` of each window's donor.
-        donor_sources: read -> source vectors of each window's donor, S tensors `[B, T, D]`.
-        noise: read -> uniform numbers `[B, T, S]`, a function of seed, window and read.
-    """
-
-    mean: Mapping[int, Tensor]
-    donor_weights: Mapping[int, Tensor]
-    donor_sources: Mapping[int, tuple[Tensor, ...]]
-    noise: Mapping[int, Tensor]
-
-
-NOTHING = Materials({}, {}, {}, {})
+_COORDINATES = ("family", "sublayer", "band")
 
 
 @dataclass(frozen=True)
@@ -95,8 +69,8 @@ class Intervention:
             raise ConfigError(f"intervention {self.kind}: takes no family, received {self.family!r}")
         expected, given = ARGUMENTS.get(self.kind), self.argument
         if (given is None) == (expected is not None):
-            told = f"expected {expected}, e.g. {self.kind}:0.5" if expected else "takes no argument"
-            raise ConfigError(f"intervention {self.kind}: {told}, received {given}")
+            rule = f"expected {expected}, e.g. {self.kind}:0.5" if expected else "takes no argument"
+            raise ConfigError(f"intervention {self.kind}: {rule}, received {given}")
         if given is not None and (not math.isfinite(given) or (self.kind == "scale" and given < 0)):
             raise ConfigError(f"intervention {self.kind}: expected {expected}, received {given}")
         try:
@@ -119,7 +93,8 @@ class Intervention:
         return f"{self.what}{family}@{place}"
 
     @property
-    def parts(self) -> "tuple[Intervention, ...]":
+    def members(self) -> "tuple[Intervention, ...]":
+        """Itself: what a `Composition` has several of."""
         return (self,)
 
     @classmethod
@@ -150,95 +125,67 @@ class Intervention:
         """Where a model with this plan can be judged, and why not elsewhere."""
         return cell(plan, WHOLE_READ if self.family is None else self.family, self.sublayer, self.band)
 
-    def edit(self, plan: DepthPlan, materials: Materials = NOTHING) -> RoutingEdit:
-        """The edit that carries this out at the eligible reads of a model with this plan."""
-        if self.kind == "noop":
-            return CLEAN
-        return RoutingEdit({j: (self._change(plan.reads[j].num_sources, j, materials),) for j in self.cell(plan).reads})
-
-    def _change(self, num_sources: int, read: int, materials: Materials) -> Change:
-        if self.family is not None:
-            members = family_indices(self.family, num_sources)
-            if self.kind == "values":
-                return Exchange(members, tuple(materials.donor_sources[read][i] for i in members))
-            if self.kind == "matched":
-                return RemoveMatched(members, materials.noise[read])
-            return Scale(members, 0.0 if self.argument is None else self.argument)
-        if self.kind == "resample":
-            return Replace(materials.donor_weights[read])
-        if self.kind == "mean":
-            # A weight that underflowed stays finite: what sets all weights of a read removes none of its sources.
-            return Replace(torch.log(materials.mean[read].clamp_min(torch.finfo(torch.float32).tiny)))
-        logits = torch.zeros(num_sources, dtype=torch.float64)
-        logits[-1] = self.argument or 0.0
-        return Replace(torch.log_softmax(logits, -1))
-
 
 @dataclass(frozen=True)
 class Composition:
     """Several interventions in one cell, carried out in this order where they meet.
 
     Attributes:
-        parts: two or more, none of them twice.
+        members: two or more, none of them twice.
 
     Raises:
         ConfigError: for fewer, or for one that is repeated.
     """
 
-    parts: tuple[Intervention, ...]
+    members: tuple[Intervention, ...]
 
     def __post_init__(self) -> None:
-        if len(self.parts) < 2 or len(set(self.parts)) != len(self.parts):
+        if len(self.members) < 2 or len(set(self.members)) != len(self.members):
             raise ConfigError(f"intervention {self.id!r}: expected two or more different ones joined with +")
 
     @property
     def id(self) -> str:
-        return "+".join(part.id for part in self.parts)
+        return "+".join(member.id for member in self.members)
 
     @property
     def what(self) -> str:
-        return "+".join(part.what for part in self.parts)
+        return "+".join(member.what for member in self.members)
 
     def cell(self, plan: DepthPlan) -> Cell:
-        """The parts' cells in one: excluded where one of them is, or where nothing would be left of a read."""
-        cells = [part.cell(plan) for part in self.parts]
-        labels = [_joined([getattr(one, name) for one in cells]) for name in ("family", "sublayer", "band")]
-        reads = tuple(sorted({read for one in cells for read in one.reads}))
-        candidates = {read.index for part in self.parts for read in place_reads(plan, part.sublayer, part.band)}
+        """The members' cells in one: excluded where a member is, or where nothing would be left of a read."""
+        cells = [member.cell(plan) for member in self.members]
+        family, sublayer, band = (_joined([getattr(cell, name) for cell in cells]) for name in _COORDINATES)
+        reads = tuple(sorted({read for cell in cells for read in cell.reads}))
+        candidates = {read.index for member in self.members for read in place_reads(plan, member.sublayer, member.band)}
         mean_sources = sum(plan.reads[j].num_sources for j in reads) / len(reads) if reads else 0.0
-        reason = next(
-            (f"{part.id}: {one.reason}" for part, one in zip(self.parts, cells, strict=True) if one.reason), ""
-        )
-        for j in reads if not reason else ():
-            meeting = [part.kind for part, one in zip(self.parts, cells, strict=True) if j in one.reads]
-            if "matched" in meeting and len(meeting) > 1:
-                reason = f"matched meets another intervention at read {j}"
-            elif self._removed(plan, j) == set(range(plan.reads[j].num_sources)):
-                reason = f"every source is removed at read {j}"
-            if reason:
-                break
-        return Cell(labels[0], labels[1], labels[2], reads, len(candidates), mean_sources, reason)
+        reasons = [
+            f"{member.id}: {cell.reason}" for member, cell in zip(self.members, cells, strict=True) if cell.reason
+        ]
+        if not reasons:
+            reasons = [reason for read in reads if (reason := self._conflict(plan, read))]
+        return Cell(family, sublayer, band, reads, len(candidates), mean_sources, next(iter(reasons), ""))
+
+    def _conflict(self, plan: DepthPlan, read: int) -> str:
+        """Why the members cannot be carried out together at a read; empty where they can."""
+        meeting = [member.kind for member in self.members if read in member.cell(plan).reads]
+        if "matched" in meeting and len(meeting) > 1:
+            return f"matched meets another intervention at read {read}"
+        if self._removed(plan, read) == set(range(plan.reads[read].num_sources)):
+            return f"every source is removed at read {read}"
+        return ""
 
     def _removed(self, plan: DepthPlan, read: int) -> set[int]:
-        """Sources that are certainly gone at a read when all parts are done."""
+        """Sources that are certainly gone at a read when all members are done."""
         removed: set[int] = set()
-        for part in self.parts:
-            if read not in part.cell(plan).reads:
+        for member in self.members:
+            if read not in member.cell(plan).reads:
                 continue
-            if part.family is None:
+            if member.family is None:
                 # Weights that are set anew bring back what was removed before.
-                removed = removed if part.kind == "noop" else set()
-            elif part.kind == "mask" or part.argument == 0:
-                removed |= set(family_indices(part.family, plan.reads[read].num_sources))
+                removed = removed if member.kind == "noop" else set()
+            elif member.kind == "mask" or member.argument == 0:
+                removed |= set(family_indices(member.family, plan.reads[read].num_sources))
         return removed
-
-    def edit(self, plan: DepthPlan, materials: Materials = NOTHING) -> RoutingEdit:
-        """The edit that carries all of them out."""
-        changes: dict[int, tuple[Change, ...]] = {}
-        for part in self.parts:
-            for read, change in part.edit(plan, materials).at.items():
-                changes[read] = (*changes.get(read, ()), *change)
-        return RoutingEdit(changes)
 
 
 def _joined(labels: list[str]) -> str:
@@ -253,7 +200,7 @@ def parse(text: str) -> Spec:
     """The specification behind an id.
 
     Raises:
-        ConfigError: where a part of it is not of the form `kind[:argument][:family]@place`.
+        ConfigError: where a member is not of the form `kind[:argument][:family]@place`.
     """
-    parts = tuple(Intervention.parse(part) for part in text.split("+"))
-    return parts[0] if len(parts) == 1 else Composition(parts)
+    members = tuple(Intervention.parse(member) for member in text.split("+"))
+    return members[0] if len(members) == 1 else Composition(members)

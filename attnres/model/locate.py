@@ -1,4 +1,4 @@
-"""From a path in a configuration to a verified Hugging Face folder."""
+"""From the paths in a configuration, `ckpt=` and `baseline=`, to verified Hugging Face folders."""
 
 import logging
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnres.errors import CheckpointError
+from attnres.errors import CheckpointError, ConfigError
 from attnres.files.hashes import sha256_of
 from attnres.files.run_folder import CHECKPOINTS, COMPLETE, MANIFEST, MODEL_FOLDER, latest, verify
 from attnres.files.whole_files import read_object
@@ -119,9 +119,38 @@ def locate(path: str) -> Located:
         verified,
         (run / COMPLETE).is_file() if run else None,
         "-".join(digest[:16] for digest in digests),
-        read_json(folder / "data.json"),
-        read_json(folder / "training.json"),
+        _read_object(folder / "data.json"),
+        _read_object(folder / "training.json"),
     )
+
+
+def locate_baseline(path: str | None, trained: Located) -> Located:
+    """The vanilla baseline: what was named, or the run beside the checkpoint that saw the same data.
+
+    Raises:
+        ConfigError: where none is named and none matches.
+        CheckpointError: as `locate`.
+    """
+    if path is not None:
+        return locate(path)
+    remedy = (
+        "name one with baseline=PATH, or train it: python train.py +experiment=vanilla_tiny "
+        "(or the vanilla_* of your experiment)"
+    )
+    beside = trained.folder.parents[3] if trained.finished is not None else None
+    if beside is None:
+        raise ConfigError(
+            f"baseline: {trained.folder} is not inside a runs folder, so no vanilla run is beside it; {remedy}"
+        )
+    shape = _read_object(trained.folder / "config.json")
+    matches = vanilla_runs(beside, trained.data, shape, trained.training.get("seed"))
+    if not matches:
+        raise ConfigError(
+            f"baseline: no vanilla run in {beside} has the data, tokenizer and shape of {trained.run}; {remedy}"
+        )
+    if len(matches) > 1:
+        log.info("baseline: %d vanilla runs match; taking the newest, %s", len(matches), matches[-1])
+    return locate(str(matches[-1]))
 
 
 def vanilla_runs(beside: Path, data: Mapping[str, Any], shape: Mapping[str, Any], seed: int | None) -> list[Path]:
@@ -137,16 +166,16 @@ def vanilla_runs(beside: Path, data: Mapping[str, Any], shape: Mapping[str, Any]
         models = sorted(run.glob(f"*/{MODEL_FOLDER}"))
         if not models:
             continue
-        stored, config = read_json(models[-1] / "data.json"), read_json(models[-1] / "config.json")
+        stored, config = _read_object(models[-1] / "data.json"), _read_object(models[-1] / "config.json")
         same_data = all(stored.get(key) == data.get(key) for key in ("fingerprint", "tokenizer_sha256"))
         same_shape = all(config.get(key) == shape.get(key) for key in ("num_hidden_layers", "hidden_size"))
-        same_seed = read_json(models[-1] / "training.json").get("seed") == seed
+        same_seed = _read_object(models[-1] / "training.json").get("seed") == seed
         if config.get("model_type") == "qwen3" and same_data and same_shape and same_seed:
             matches.append(run.parent)
     return matches
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty where there is no file.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The probe: interventions on depth routing, their effects, statistics and report."""
+"""The probe: interventions on depth routing, measured."""

@@ -13,21 +13,20 @@ seeds of the small replication, over 19 cells and 128 documents, its Spearman co
 sets the two side by side for the model at hand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from attnres.depth.families import Cell, family_indices
-from attnres.interventions.ids import Spec
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.state import Trace
-from attnres.probe.passes import Subject, run_clean
-from attnres.probe.pieces import Key
-from attnres.probe.runner import Execution, damaged
+from attnres.probe.execution import Batch, Execution, damaged
+from attnres.probe.passes import run_clean
+from attnres.probe.subjects import Subject
+from attnres.tables.names import Split
 
-SPLIT = "confirm"
 _KIND = "attribution"
 
 
@@ -55,58 +54,49 @@ def attribution(
     log_weights = [traces[read].log_weights for read in wanted]
     # Windows do not see each other, so the gradient of the sum is that of each.
     gradients = torch.autograd.grad(clean.readout.nll.mean(-1).sum(), log_weights)
-    found = {cell: torch.zeros(input_ids.shape[0], dtype=clean.logits.dtype) for cell in cells}
+    estimates = {cell: torch.zeros(input_ids.shape[0], dtype=clean.logits.dtype) for cell in cells}
     for read, weights, gradient in zip(wanted, log_weights, gradients, strict=True):
         size = weights.shape[-1]
         for cell in (cell for cell in cells if read in cell.reads):
             others = [i for i in range(size) if i not in family_indices(cell.family, size)]
             left = weights.detach()[..., others].exp().sum(-1)
             moved = gradient[..., others].sum(-1) / left - gradient.sum(-1)
-            found[cell] += moved.sum(-1).to(found[cell])
-    return found
+            estimates[cell] += moved.sum(-1).to(estimates[cell])
+    return estimates
 
 
-def run_attribution(subject: Subject, specs: Sequence[Spec], execution: Execution) -> bool:
-    """Estimates for the masks among `specs` on this process's confirmatory batches, from what is not yet kept as parts.
-
-    Returns:
-        Whether all was done, rather than a stop asked for.
-    """
-    cells = {spec.id: spec.cell(subject.plan) for spec in specs if spec.what == "mask"}
+def run_attribution(
+    subject: Subject, masks: Mapping[str, Cell], batches: Sequence[Batch], execution: Execution
+) -> None:
+    """Estimates for masked cells on this process's confirmatory batches, from what is not yet kept as pieces."""
     device = subject.model.lm_head.weight.device
-    for split, number, part in execution.mine() if cells else ():
-        key = Key(subject.name, split, number, _KIND)
-        if split != SPLIT or execution.parts.has(key):
+    for batch in execution.mine(tuple(batches)):
+        key = batch.key(subject.name, _KIND)
+        if batch.split != Split.CONFIRM or execution.pieces.has(key):
             continue
-        if execution.stopping():
-            return False
-        windows = execution.windows[SPLIT]
-        ids, labels = windows.input_ids[part].to(device), windows.labels[part].to(device)
-        found = attribution(subject.model, ids, labels, tuple(cells.values()))
-        identity = {"window": windows.window_ids[part].numpy(), "document": windows.document_ids[part].numpy()}
+        execution.end_if_stopping()
+        estimates = attribution(subject.model, *batch.tokens(device), tuple(masks.values()))
         rows = [
-            pd.DataFrame({"model": subject.name, "cell": name, **identity, "estimate": found[cell].cpu().numpy()})
-            for name, cell in cells.items()
+            pd.DataFrame(
+                {"model": subject.name, "cell": name, **batch.identity, "estimate": estimates[cell].cpu().numpy()}
+            )
+            for name, cell in masks.items()
         ]
-        execution.parts.put(key, pd.concat(rows, ignore_index=True))
-    return True
+        execution.pieces.put(key, pd.concat(rows, ignore_index=True))
 
 
-def attribution_table(subject: Subject, specs: Sequence[Spec], execution: Execution) -> pd.DataFrame:
-    """The estimates of a finished walk, from its parts: one row per model x cell x window of the confirmatory split.
-
-    Empty where no spec is a mask.
+def attribution_table(subject: Subject, batches: Sequence[Batch], execution: Execution) -> pd.DataFrame:
+    """The estimates of a finished walk, from its pieces: one row per model x cell x window of the confirmatory split.
 
     Raises:
-        StorageError: where a part is missing, because it was damaged after it was written.
+        StorageError: a piece is missing, because it was damaged after it was written.
     """
-    if not any(spec.what == "mask" for spec in specs):
-        return pd.DataFrame()
     tables = []
-    for split, number, _ in execution.batches():
-        if split == SPLIT:
-            key = Key(subject.name, split, number, _KIND)
-            if not execution.parts.has(key):
-                raise damaged(subject, split, number)
-            tables.append(execution.parts.last(key))
-    return pd.concat(tables, ignore_index=True).assign(split=SPLIT)
+    for batch in batches:
+        key = batch.key(subject.name, _KIND)
+        if batch.split != Split.CONFIRM:
+            continue
+        if not execution.pieces.has(key):
+            raise damaged(subject.name, batch)
+        tables.append(execution.pieces.last(key))
+    return pd.concat(tables, ignore_index=True).assign(split=str(Split.CONFIRM))

@@ -10,15 +10,22 @@ from transformers import Qwen3ForCausalLM
 
 from attnres.depth.families import BANDS, SUBLAYERS
 from attnres.errors import NumericsError
-from attnres.interventions.ids import CLEAN, Intervention, Spec
+from attnres.interventions.edits import NO_EDIT
+from attnres.interventions.grid import Grid
+from attnres.interventions.ids import Intervention, Spec
 from attnres.model.state import Trace
 from attnres.model.wraps import schedule_weights
-from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited, run_from, run_rows
+from attnres.probe.passes import CleanRun, first_layer, run_clean, run_edited, run_from, run_rows
+from attnres.probe.subjects import Subject, Subjects
+from attnres.tables.names import Split
 
 SCHEDULE_LIMIT = 1e-6
 LOGITS_LIMIT = 1e-5
 # Nats/token: rows at other places of a batch may be rounded otherwise.
 EFFECT_LIMIT = 1e-5
+# Windows that the checks look at; more would say the same more slowly.
+CHECK_WINDOWS = 4
+DISTANCE = "distance to the unwrapped model"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,21 @@ class Check:
 def _bounded(name: str, model: str, value: float, limit: float, detail: str) -> Check:
     # NaN compares false, so a value that is not a number fails.
     return Check(name, model, value <= limit, value, limit, detail)
+
+
+def check_subjects(subjects: Subjects, grid: Grid) -> tuple[Check, ...]:
+    """All checks of all models, every one of them passed.
+
+    Raises:
+        NumericsError: a check fails.
+    """
+    drawn = subjects.text.windows[Split.CONFIRM]
+    checks = []
+    for subject in subjects.models:
+        ids, labels = (tokens[:CHECK_WINDOWS].to(subject.model.device) for tokens in (drawn.input_ids, drawn.labels))
+        checks += check_subject(subject, subjects.vanilla, ids, labels, grid.eligible(subject.name))
+    require_passed(checks)
+    return tuple(checks)
 
 
 @torch.no_grad()
@@ -80,16 +102,16 @@ def check_subject(
     return checks
 
 
-def _noop(subject: Subject, clean: Clean, noops: list[Intervention]) -> Check:
+def _noop(subject: Subject, clean: CleanRun, noops: list[Intervention]) -> Check:
     different = [item.id for item in noops if not torch.equal(run_edited(subject.model, clean, item), clean.logits)]
     for start in clean.states:
-        if not torch.equal(run_from(subject.model, clean, start, CLEAN), clean.logits):
+        if not torch.equal(run_from(subject.model, clean, start, NO_EDIT), clean.logits):
             different.append(f"from layer {start}")
     detail = f"differs: {', '.join(different)}" if different else "every band, and resumed from every start of the grid"
     return Check("noop is bitwise the clean run", subject.name, not different, float(len(different)), 0.0, detail)
 
 
-def _packed_noop(subject: Subject, clean: Clean, noop: Intervention) -> Check:
+def _packed_noop(subject: Subject, clean: CleanRun, noop: Intervention) -> Check:
     """Cells that share a pass are compared with the clean rows beside them: there, nothing must do nothing as well."""
     effects = run_rows(subject.model, clean, [noop, noop])
     worst = max(float(value.abs().max()) for effect in effects for value in effect)
@@ -146,7 +168,7 @@ def _against_vanilla(subject: Subject, vanilla: Qwen3ForCausalLM, logits: Tensor
     log_p, log_q = torch.log_softmax(reference.double(), -1), torch.log_softmax(logits.double(), -1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     detail = f"KL(vanilla || wrapped) in nats/token at b={subject.recency_bias:g}; reported, never a reason to stop"
-    return Check("distance to the unwrapped model", subject.name, kl == kl, kl, None, detail)
+    return Check(DISTANCE, subject.name, kl == kl, kl, None, detail)
 
 
 def require_passed(checks: list[Check]) -> None:

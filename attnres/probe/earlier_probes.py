@@ -1,22 +1,28 @@
-"""Earlier looks: probes of the same checkpoint whose results lay beside this one before it was registered.
+"""Earlier probes: those of the same checkpoint whose results lay beside this one before it was registered.
 
 A margin, a metric or a seed that is chosen after a look at the results is no longer chosen before them. Nothing here
-forbids that: a preregistration tells it.
+forbids that: a preregistration says it.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from attnres.files.whole_files import read_object
+from attnres.tables.folder import PREREGISTRATION
+
+log = logging.getLogger(__name__)
 
 # The last file that a probe writes.
 RESULTS = "report.html"
 
 
-def earlier_looks(folder: Path, registered: Mapping[str, Any]) -> list[dict[str, Any]]:
+def earlier_probes(folder: Path, registered: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Probes beside `folder` that have results for some of the same cells of the same checkpoint.
 
-    Parts of one swept grid share no cell, and are no look at each other.
+    Members of one swept grid share no cell, and are not earlier than each other.
 
     Args:
         folder: of the probe that is being registered.
@@ -24,17 +30,17 @@ def earlier_looks(folder: Path, registered: Mapping[str, Any]) -> list[dict[str,
 
     Returns:
         By name of the folder: `folder`, `written`, `cells` (how many are shared), `same_windows`, and `differs`, what
-        it set otherwise: key -> its value. Folders whose preregistration cannot be read are passed over.
+        it set otherwise: key -> its value. A folder whose preregistration cannot be read is skipped with a warning.
     """
-    found = []
+    earlier = []
     for path in sorted(folder.parent.glob(f"probe_*/{RESULTS}")):
         if path.parent == folder:
             continue
         try:
-            other = json.loads((path.parent / "preregistration.json").read_text(encoding="utf-8"))
+            other = read_object(path.parent / PREREGISTRATION)
             shared = set(registered["cells"]) & set(other["cells"])
             if shared and other["hashes"]["checkpoint"] == registered["hashes"]["checkpoint"]:
-                found.append(
+                earlier.append(
                     {
                         "folder": path.parent.name,
                         "written": other["written"],
@@ -43,12 +49,14 @@ def earlier_looks(folder: Path, registered: Mapping[str, Any]) -> list[dict[str,
                         "differs": _differs(registered, other),
                     }
                 )
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            log.warning("%s is no preregistration (%s): skipped", path.parent / PREREGISTRATION, reason)
+    return earlier
 
 
 def _differs(registered: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the other probe that are not those of this one."""
-    ours, theirs = (dict(one["statistics"]) | dict(one["probe"]) for one in (json.loads(json.dumps(registered)), other))
+    """Configuration of the other probe that is not this one's."""
+    plain = json.loads(json.dumps(registered))
+    ours, theirs = (dict(probe["statistics"]) | dict(probe["probe"]) for probe in (plain, other))
     return {key: value for key, value in theirs.items() if ours.get(key) != value}

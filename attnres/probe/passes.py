@@ -2,43 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor
 
 from attnres.depth.families import place_reads
 from attnres.depth.plan import DepthPlan
-from attnres.interventions.edits import CLEAN, RowsEdit
-from attnres.interventions.ids import NOTHING, Materials, Spec
-from attnres.model.modeling import Qwen3AttnResForCausalLM
-from attnres.model.state import Context, DepthState, Edit, Trace
+from attnres.interventions.edits import NO_EDIT, NO_INPUTS, Inputs, RowsEdit, edit
+from attnres.interventions.ids import Spec
+from attnres.model.modeling import Context, Qwen3AttnResForCausalLM
+from attnres.model.state import DepthState, Edit, Trace
 from attnres.ops import PreparedBlock
 from attnres.probe.measure import CleanReadout, Effects
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model under the probe.
-
-    Attributes:
-        name: `"attnres"`, or the schedule of a wrapped baseline.
-        model: in eval mode, on its device.
-        schedule: `"recency"`, `"uniform"`, or None for learned routing.
-        recency_bias: bias b of the recency schedule.
-    """
-
-    name: str
-    model: Qwen3AttnResForCausalLM
-    schedule: Literal["recency", "uniform"] | None = None
-    recency_bias: float = 0.0
-
-    @property
-    def plan(self) -> DepthPlan:
-        return self.model.model.plan
-
-
-@dataclass(frozen=True)
-class Clean:
+class CleanRun:
     """The clean run of one batch of windows.
 
     Attributes:
@@ -56,8 +34,8 @@ class Clean:
 
 def first_layer(spec: Spec, plan: DepthPlan) -> int:
     """The first layer that an intervention can change; L where that is the final read."""
-    reads = [plan.reads[j] for part in spec.parts if part.kind != "noop" for j in part.cell(plan).reads]
-    reads = reads or [read for part in spec.parts for read in place_reads(plan, part.sublayer, part.band)]
+    reads = [plan.reads[j] for member in spec.members if member.kind != "noop" for j in member.cell(plan).reads]
+    reads = reads or [read for member in spec.members for read in place_reads(plan, member.sublayer, member.band)]
     return min(read.layer for read in reads)
 
 
@@ -67,7 +45,7 @@ def run_through(
     """One pass over all layers on the explicit path: context, states kept, last hidden state `[B, T, D]`."""
     decoder = model.model
     embeddings = decoder.embed_tokens(input_ids)
-    context = decoder.context(embeddings, edit=CLEAN, observe=observe)
+    context = decoder.context(embeddings, edit=NO_EDIT, observe=observe)
     state, states = decoder.embed(embeddings), {}
     for layer in range(decoder.config.num_hidden_layers + 1):
         if layer in starts:
@@ -83,26 +61,26 @@ def run_clean(
     labels: Tensor,
     starts: Sequence[int],
     observe: Callable[[Trace], None] | None = None,
-) -> Clean:
+) -> CleanRun:
     """One pass over all layers on the explicit path, keeping the state in front of each layer in `starts`."""
     context, states, hidden = run_through(model, input_ids, starts, observe)
     logits = model.lm_head(hidden)
-    return Clean(replace(context, observe=None), states, CleanReadout.of(logits, labels), logits)
+    return CleanRun(replace(context, observe=None), states, CleanReadout.of(logits, labels), logits)
 
 
-def run_edited(model: Qwen3AttnResForCausalLM, clean: Clean, spec: Spec, materials: Materials = NOTHING) -> Tensor:
+def run_edited(model: Qwen3AttnResForCausalLM, clean: CleanRun, spec: Spec, inputs: Inputs = NO_INPUTS) -> Tensor:
     """Logits `[B, T, V]` under an intervention, from the clean state at its first layer."""
     plan = model.model.plan
-    return run_from(model, clean, first_layer(spec, plan), spec.edit(plan, materials))
+    return run_from(model, clean, first_layer(spec, plan), edit(spec, plan, inputs))
 
 
-def run_from(model: Qwen3AttnResForCausalLM, clean: Clean, start: int, edit: Edit) -> Tensor:
+def run_from(model: Qwen3AttnResForCausalLM, clean: CleanRun, start: int, change: Edit) -> Tensor:
     """Logits `[B, T, V]` from the clean state in front of layer `start`; bitwise the clean ones if none is edited."""
-    return _onward(model, clean.states[start], start, replace(clean.context, edit=edit))
+    return _onward(model, clean.states[start], start, replace(clean.context, edit=change))
 
 
 def run_rows(
-    model: Qwen3AttnResForCausalLM, clean: Clean, specs: Sequence[Spec], materials: Materials = NOTHING
+    model: Qwen3AttnResForCausalLM, clean: CleanRun, specs: Sequence[Spec], inputs: Inputs = NO_INPUTS
 ) -> list[Effects]:
     """Effects of several interventions with the same first layer in one pass, each on its own rows.
 
@@ -112,8 +90,8 @@ def run_rows(
     assert not others
     labels, count = clean.readout.labels, len(specs) + 1
     state = _repeated(clean.states[start], count)
-    edit = RowsEdit([CLEAN, *(spec.edit(plan, materials) for spec in specs)], len(labels))
-    context = model.model.context(state.finished[0], edit=edit)
+    rows = RowsEdit([NO_EDIT, *(edit(spec, plan, inputs) for spec in specs)], len(labels))
+    context = model.model.context(state.finished[0], edit=rows)
     first, *rest = _onward(model, state, start, context).split(len(labels))
     readout = CleanReadout.of(first, labels)
     return [readout.compare(logits) for logits in rest]

@@ -2,24 +2,32 @@
 
 A piece is a table of one kind for one model, split and batch of windows: a parquet file whose name ends with the sha256
 of its bytes. It appears under its name whole or not at all, and is verified before it is used. The folder's name is a
-hash of everything that the pieces depend on, so that those of another configuration are never mixed in.
+hash of everything that the pieces depend on (`pieces_folder`), so that those of another configuration are never mixed
+in.
 """
 
 import hashlib
 import io
 import logging
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
+from attnres.config import to_plain
+from attnres.files.hashes import content_hash, sha256_of
+from attnres.files.provenance import source_digest, versions
 from attnres.files.whole_files import whole_file
+from attnres.interventions.config import GridConfig
 
 log = logging.getLogger(__name__)
 
+# Where a probe's folder keeps them until its tables are written.
+PIECES = "parts"
+# The rooms whose code a piece depends on. How results are judged and worded is not among them.
+MEASURING_ROOMS = ("data/windows", "depth", "interventions", "model", "ops", "probe")
 _NAME = re.compile(r"([a-z_0-9]+)\.([a-z]+)\.(\d+)\.([a-z]+)\.(\d+)\.([0-9a-f]{64})\.parquet")
 STOP = ".stop"
 
@@ -35,7 +43,20 @@ class Key(NamedTuple):
     kind: str
 
 
-class Parts:
+def pieces_folder(folder: Path, config: GridConfig, hashes: Mapping[str, Any], device: str) -> Path:
+    """Where the pieces of a probe are kept.
+
+    Args:
+        folder: of the probe.
+        config: which cells, on which windows.
+        hashes: of text and checkpoints.
+        device: `"cpu"` or `"cuda"`.
+    """
+    measured_on = [to_plain(config), dict(hashes), versions(), source_digest(MEASURING_ROOMS), device]
+    return folder / PIECES / content_hash(measured_on)[:16]
+
+
+class Pieces:
     """The pieces of one probe.
 
     Args:
@@ -45,19 +66,19 @@ class Parts:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._pieces: dict[Key, dict[int, Path | pd.DataFrame]] = {}
-        if folder is not None:
-            self.refresh()
+        self.refresh()
 
     def refresh(self) -> None:
         """Look at the folder again, where other processes write as well; damaged pieces are left out."""
-        assert self.folder is not None
+        if self.folder is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._pieces = {}
         for path in sorted(self.folder.iterdir()):
             match = _NAME.fullmatch(path.name)
             if match is None:
                 continue
-            if hashlib.sha256(path.read_bytes()).hexdigest() != match[6]:
+            if sha256_of(path) != match[6]:
                 log.warning("%s: sha256 differs from its name; measured again", path)
                 continue
             key = Key(match[1], match[2], int(match[3]), match[4])
@@ -106,17 +127,14 @@ class Parts:
     def asked_to_stop(self) -> bool:
         return self.folder is not None and (self.folder / STOP).exists()
 
-    def clear(self) -> None:
-        """Forget an earlier wish to stop, and what a killed process left half written."""
-        if self.folder is not None:
-            for path in (self.folder / STOP, *self.folder.glob(".tmp-*")):
-                path.unlink(missing_ok=True)
-
-
-def remove_parts(folders: Sequence[Path]) -> None:
-    """Remove folders of pieces, once the tables made of them are written."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    def remove_leftovers(self) -> None:
+        """Forget an earlier wish to stop and what a killed process left half written; name pieces that are not used."""
+        if self.folder is None:
+            return
+        for path in (self.folder / STOP, *self.folder.glob(".tmp-*")):
+            path.unlink(missing_ok=True)
+        if [path for path in self.folder.parent.iterdir() if path != self.folder]:
+            log.warning("%s: pieces of another version or configuration are measured anew", self.folder.parent)
 
 
 def _load(piece: Path | pd.DataFrame) -> pd.DataFrame:

@@ -1,14 +1,16 @@
 """The one loop: every cell of the grid, on every window, from the clean state at its first edited layer.
 
-A batch of windows is the unit of work: its clean run, then its cells. Batches are dealt to the processes of a
-distributed run, and what is finished is kept in `attnres.probe.pieces`. The tables are made of these parts, so they are
-the same whether a run was interrupted or shared.
+Pilot documents come first: what they say of a model excludes some of its cells. Then documents are measured in stages,
+and after each stage a function says which cells are still needed. A batch of windows is the unit of work: its clean
+run, then its cells. What is finished is kept in `attnres.probe.pieces`, and the tables are made of these pieces: they
+are the same whether a run was interrupted or shared.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,251 +18,197 @@ import torch
 from torch import Tensor
 
 from attnres import faults
-from attnres.data import ProbeWindows
-from attnres.depth.families import FAMILIES, Cell, grid
+from attnres.depth.families import FAMILIES, Cell
+from attnres.depth.families import grid as standard_grid
 from attnres.depth.plan import DepthPlan
-from attnres.errors import NumericsError, StorageError
+from attnres.errors import NumericsError
 from attnres.interventions.donors import Pilot, donors, noise, reads_of, unavailable
-from attnres.interventions.ids import DONOR_KINDS, Materials, Spec
+from attnres.interventions.edits import Inputs
+from attnres.interventions.grid import Grid
+from attnres.interventions.ids import DONOR_KINDS, Spec
 from attnres.model.state import Trace
-from attnres.probe.measure import Effects
-from attnres.probe.observations import MassObserver, RoutingSums, routing_means, routing_table
-from attnres.probe.passes import Clean, Subject, first_layer, run_clean, run_edited, run_rows, run_through
-from attnres.probe.pieces import Key, Parts
-from attnres.processes.ranks import Ranks
+from attnres.probe.attribution import attribution_table, run_attribution
+from attnres.probe.execution import Batch, Execution, damaged
+from attnres.probe.measure import Effects, MassObserver, RoutingSums, routing_means, routing_table
+from attnres.probe.passes import CleanRun, first_layer, run_clean, run_edited, run_rows, run_through
+from attnres.probe.subjects import Subject
+from attnres.tables import columns
+from attnres.tables.names import MATCHED, Split
 
-Split = Literal["pilot", "confirm"]
-# The parts that come from a clean run.
+# The pieces that come from a clean run.
 OBSERVED = ("mass", "routing", "clean")
 # Finished cells are written together if they come faster than this.
-_SECONDS_BETWEEN_PARTS = 1.0
+_SECONDS_BETWEEN_PIECES = 1.0
 # Where cells share a pass: most tokens of it, and most bytes of its logits.
 _MOST_TOKENS, _MOST_LOGITS = 2**15, 2**31
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Tidy tables: effects, mass and routing as the statistics and the report take them, and the clean NLL.
+class Measured:
+    """What was measured, as tidy tables.
 
-    `attribution` is empty where no estimates were asked for.
+    Attributes:
+        grid: as the pilot split left it.
+        effects, mass, routing: as the statistics and the report take them.
+        clean: negative log-likelihood of the clean runs, by model and confirmatory window.
+        attribution: estimates from gradients; empty where none were asked for.
     """
 
+    grid: Grid
     effects: pd.DataFrame
     mass: pd.DataFrame
     routing: pd.DataFrame
     clean: pd.DataFrame
     attribution: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-
-@dataclass(frozen=True)
-class Execution:
-    """How a grid is walked through.
-
-    Attributes:
-        windows: per split.
-        batch_size: windows a batch; bounds memory, which does not grow with the number of cells.
-        seed: of donors and noise.
-        cells_per_pass: cells that share a forward pass as rows of one batch; None chooses: one on a CPU, where more
-            gain nothing.
-        parts: where finished pieces go.
-        ranks: the processes that share the work.
-        progress: called with the number of cells finished on a batch.
-        stop: asked between cells; True ends the walk after what is finished is kept.
-    """
-
-    windows: Mapping[Split, ProbeWindows]
-    batch_size: int
-    seed: int = 0
-    cells_per_pass: int | None = None
-    parts: Parts = field(default_factory=Parts)
-    ranks: Ranks = field(default_factory=Ranks)
-    progress: Callable[[int], None] = lambda done: None
-    stop: Callable[[], bool] = lambda: False
-
-    def batches(self) -> Iterator[tuple[Split, int, slice]]:
-        """Every batch of every split, in order."""
-        for split, drawn in self.windows.items():
-            for number, part in enumerate(batches(drawn, self.batch_size)):
-                yield split, number, part
-
-    def mine(self) -> list[tuple[Split, int, slice]]:
-        """The batches of this process."""
-        return [unit for index, unit in enumerate(self.batches()) if index % self.ranks.size == self.ranks.rank]
-
-    def stopping(self) -> bool:
-        """Whether this process or another one was asked to stop."""
-        if self.stop():
-            self.parts.ask_to_stop()
-            return True
-        return self.parts.asked_to_stop()
+    @property
+    def eligibility(self) -> pd.DataFrame:
+        """One row per candidate cell of every model: eligible or why not."""
+        return pd.DataFrame([candidate.row for candidate in self.grid.candidates], columns=columns.ELIGIBILITY.names)
 
 
-def batches(windows: ProbeWindows, batch_size: int) -> Iterator[slice]:
-    for begin in range(0, len(windows), batch_size):
-        yield slice(begin, min(begin + batch_size, len(windows)))
+# Model -> ids of the cells that the next stage measures. A model that is not named is measured no further.
+Needed = Mapping[str, Collection[str]]
+# Asked after a stage, in every process: it must depend on what was measured alone. Nothing needed ends the walk.
+WhatNext = Callable[[Measured], Needed]
 
 
-def slices(plan: DepthPlan, specs: Sequence[Spec]) -> tuple[Cell, ...]:
-    """The cells whose mass is measured: the standard grid's, and those of the interventions."""
-    wanted = [*grid(plan), *(part.cell(plan) for spec in specs for part in spec.parts)]
-    return tuple(dict.fromkeys(cell for cell in wanted if cell.eligible and cell.family in FAMILIES))
-
-
-@torch.no_grad()
-def run_pilot(subject: Subject, specs: Sequence[Spec], execution: Execution) -> bool:
-    """Clean runs of the pilot split, kept as parts; `pilot_of` reads them.
-
-    Returns:
-        Whether all of this process's batches were done, rather than a stop asked for.
-    """
-    for split, number, part in execution.mine():
-        if split == "pilot" and not _observed(subject, execution, split, number):
-            if execution.stopping():
-                return False
-            _clean_batch(subject, specs, execution, split, number, part, [])
-    return True
-
-
-def pilot_of(subject: Subject, execution: Execution) -> Pilot | None:
-    """What the pilot split says about a model; None where there is no such split."""
-    if "pilot" not in execution.windows:
-        return None
-    kept = _kept(subject, execution, ["pilot"])
-    return Pilot.of(kept["mass"], routing_means(kept["routing"]))
-
-
-@torch.no_grad()
-def run_cells(subject: Subject, specs: Sequence[Spec], pilot: Pilot | None, execution: Execution) -> bool:
-    """Effects of every intervention on this process's batches, from what is not yet kept as parts.
+def measure(
+    subjects: Sequence[Subject],
+    grid: Grid,
+    execution: Execution,
+    what_next: WhatNext = lambda measured: {},
+    estimated: Collection[str] = (),
+) -> Measured:
+    """Effects of every eligible cell on every window, with mass and routing from the clean runs.
 
     Args:
-        subject: the model.
-        specs: those that are eligible in it.
-        pilot: of this model.
-        execution: how.
-
-    Returns:
-        Whether all was done, rather than a stop asked for.
+        subjects: the models.
+        grid: the cells; what needs the pilot split and cannot have it is excluded.
+        execution: how, and in which stages.
+        what_next: asked after each stage but the last.
+        estimated: models whose masks are estimated from gradients as well.
 
     Raises:
-        NumericsError: where an effect is not finite, naming the cell.
+        NumericsError: an effect is not finite; names the cell.
+        StorageError: a piece was damaged after it was written.
+        Stopped: a signal came; what is finished is kept.
     """
-    parts, plan = execution.parts, subject.plan
-    for split, number, part in execution.mine():
-        key = Key(subject.name, split, number, "effects")
-        finished = parts.cells(key)
+    works = {}
+    for subject in subjects:
+        execution.progress.set_postfix_str(subject.name)
+        execution.together(partial(_run_pilot, subject, grid.eligible(subject.name), execution))
+        pilot, pilot_windows = _pilot_of(subject, execution), execution.windows.get(Split.PILOT)
+        eligible = grid.eligible(subject.name)
+        reasons = {spec.id: unavailable(spec, subject.plan, pilot, pilot_windows) for spec in eligible}
+        grid = grid.excluding(subject.name, reasons)
+        works[subject.name] = _Work(subject, tuple(grid.eligible(subject.name)), pilot)
+    needed: Needed = {name: [spec.id for spec in work.specs] for name, work in works.items()}
+    done: list[_Done] = []
+    execution.progress.reset(0)
+    for stage in execution.batches:
+        cells = {name: [spec for spec in works[name].specs if spec.id in ids] for name, ids in needed.items()}
+        execution.progress.total += len(execution.mine(stage)) * sum(map(len, cells.values()))
+        for name, specs in cells.items():
+            execution.progress.set_postfix_str(name)
+            execution.together(partial(_run_cells, works[name], specs, stage, execution))
+            done += [_Done(name, batch, specs) for batch in stage]
+        measured = _tables(subjects, grid, done, execution)
+        if stage is execution.batches[-1] or not (needed := what_next(measured)):
+            break
+    estimates = [_estimates(subject, grid, done, execution) for subject in subjects if subject.name in estimated]
+    return replace(measured, attribution=pd.concat(estimates, ignore_index=True)) if estimates else measured
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A model, its eligible cells, and what the pilot split says of it."""
+
+    subject: Subject
+    specs: tuple[Spec, ...]
+    pilot: Pilot | None
+
+
+class _Done(NamedTuple):
+    """Cells of a model that were measured on a batch."""
+
+    model: str
+    batch: Batch
+    specs: Sequence[Spec]
+
+
+@torch.no_grad()
+def _run_pilot(subject: Subject, specs: Sequence[Spec], execution: Execution) -> None:
+    """Clean runs of the pilot split, kept as pieces; `_pilot_of` reads them."""
+    for batch in execution.mine(_pilot_batches(execution)):
+        if not _observed(subject, execution, batch):
+            execution.end_if_stopping()
+            _clean_run(subject, specs, [], batch, execution)
+
+
+def _pilot_batches(execution: Execution) -> tuple[Batch, ...]:
+    return tuple(batch for stage in execution.batches for batch in stage if batch.split == Split.PILOT)
+
+
+def _pilot_of(subject: Subject, execution: Execution) -> Pilot | None:
+    """What the pilot split says about a model; None where there is no such split."""
+    if not (batches := _pilot_batches(execution)):
+        return None
+    observed = _observations(subject, batches, execution)
+    return Pilot.of(observed["mass"], routing_means(observed["routing"]))
+
+
+@torch.no_grad()
+def _run_cells(work: _Work, specs: Sequence[Spec], batches: tuple[Batch, ...], execution: Execution) -> None:
+    """Effects of cells on this process's share of some batches, from what is not yet kept as pieces."""
+    subject, pieces = work.subject, execution.pieces
+    for batch in execution.mine(batches):
+        key = batch.key(subject.name, "effects")
+        finished = pieces.cells(key)
         todo = [spec for spec in specs if spec.id not in finished]
-        execution.progress(len(specs) - len(todo))
-        if not todo and _observed(subject, execution, split, number):
+        execution.progress.update(len(specs) - len(todo))
+        if not todo and _observed(subject, execution, batch):
             continue
-        if execution.stopping():
-            return False
-        starts = sorted({first_layer(spec, plan) for spec in todo})
-        clean = _clean_batch(subject, specs, execution, split, number, part, starts)
-        materials = _materials(subject, todo, pilot, execution, split, part)
-        windows = execution.windows[split]
-        identity = {"window": windows.window_ids[part].numpy(), "document": windows.document_ids[part].numpy()}
-        found: list[pd.DataFrame] = []
+        execution.end_if_stopping()
+        starts = sorted({first_layer(spec, subject.plan) for spec in todo})
+        clean = _clean_run(subject, work.specs, starts, batch, execution)
+        inputs = _inputs(work, todo, batch, execution)
+        rows: list[pd.DataFrame] = []
         written = time.monotonic()
         for group in _passes(subject, specs, execution, clean):
             if finished.issuperset(spec.id for spec in group):
                 continue
-            for spec, measured in zip(group, _effects(subject, clean, group, materials), strict=True):
-                values = {name: value.cpu().numpy() for name, value in measured._asdict().items()}
+            for spec, effects in zip(group, _effects(subject, clean, group, inputs), strict=True):
+                values = {name: value.cpu().numpy() for name, value in effects._asdict().items()}
                 if not all(np.isfinite(value).all() for value in values.values()):
                     raise NumericsError(
                         f"{subject.name}: {spec.id} gives a value that is not finite; check the checkpoint"
                     )
-                found.append(pd.DataFrame(identity | {"cell": spec.id} | values))
+                rows.append(pd.DataFrame(batch.identity | {"cell": spec.id} | values))
             faults.point("probe.cell")
-            execution.progress(len(group))
-            stopping = execution.stopping()
-            if stopping or time.monotonic() - written > _SECONDS_BETWEEN_PARTS:
-                parts.put(key, pd.concat(found, ignore_index=True))
-                found, written = [], time.monotonic()
-            if stopping:
-                return False
-        if found:
-            parts.put(key, pd.concat(found, ignore_index=True))
-    return True
+            execution.progress.update(len(group))
+            if execution.stopping() or time.monotonic() - written > _SECONDS_BETWEEN_PIECES:
+                pieces.put(key, pd.concat(rows, ignore_index=True))
+                rows, written = [], time.monotonic()
+                execution.end_if_stopping()
+        if rows:
+            pieces.put(key, pd.concat(rows, ignore_index=True))
 
 
-def tables_of(subject: Subject, specs: Sequence[Spec], execution: Execution) -> Tables:
-    """The tables of a finished walk, from its parts.
-
-    Raises:
-        StorageError: where a part is missing, because it was damaged after it was written.
-    """
-    kept = _kept(subject, execution, list(execution.windows))
-    cells = {spec.id: spec for spec in specs}
-    order = {name: place for place, name in enumerate(cells)}
-    found = []
-    for split, number, _ in execution.batches():
-        table = execution.parts.read(Key(subject.name, split, number, "effects"))
-        if set(table["cell"] if len(table) else ()) != set(cells):
-            raise damaged(subject, split, number)
-        if len(table):
-            table = table.sort_values("cell", key=lambda column: column.map(order), kind="stable")
-            found.append(table.assign(model=subject.name, split=split))
-    effects = pd.concat(found, ignore_index=True) if found else _empty_effects()
-    coordinates = {name: _coordinates(spec, subject.plan) for name, spec in cells.items()}
-    for column in ("intervention", "family", "sublayer", "band"):
-        effects[column] = effects["cell"].map({name: where[column] for name, where in coordinates.items()})
-    confirm = {name: table[table["split"] == "confirm"].reset_index(drop=True) for name, table in kept.items()}
-    return Tables(
-        effects[list(_empty_effects().columns)],
-        kept["mass"],
-        routing_table(subject, routing_means(confirm["routing"])),
-        confirm["clean"],
-    )
-
-
-def run_grid(
-    subject: Subject,
-    interventions: Sequence[Spec],
-    windows: Mapping[Split, ProbeWindows],
-    batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
-    seed: int = 0,
-    cells_per_pass: int | None = None,
-) -> Tables:
-    """Effects of every intervention on every window, with mass and routing from the clean runs: in memory, at one go.
+def _clean_run(
+    subject: Subject, specs: Sequence[Spec], starts: Sequence[int], batch: Batch, execution: Execution
+) -> CleanRun:
+    """The clean run of a batch; what it says about mass and routing is kept if it is not yet.
 
     Args:
         subject: the model.
-        interventions: those whose cell is eligible in it.
-        windows: per split.
-        batch_size: windows a forward pass.
-        progress: called with the number of interventions finished on a batch.
-        seed, cells_per_pass: see `Execution`.
-
-    Raises:
-        NumericsError: where an effect is not finite, naming the cell.
-        ValueError: where an intervention cannot be carried out on these windows.
+        specs: the cells whose families' mass is measured, beside those of the standard grid.
+        starts: layers in front of which the state is kept.
+        batch: the windows.
+        execution: how.
     """
-    execution = Execution(windows, batch_size, seed, cells_per_pass, progress=progress)
-    run_pilot(subject, interventions, execution)
-    pilot = pilot_of(subject, execution)
-    for spec in interventions:
-        if reason := unavailable(spec, subject.plan, pilot, windows.get("pilot")):
-            raise ValueError(f"{spec.id} in {subject.name}: {reason}; leave it out")
-    run_cells(subject, interventions, pilot, execution)
-    return tables_of(subject, interventions, execution)
-
-
-def _clean_batch(
-    subject: Subject,
-    specs: Sequence[Spec],
-    execution: Execution,
-    split: Split,
-    number: int,
-    part: slice,
-    starts: Sequence[int],
-) -> Clean:
-    """The clean run of a batch; what it says about mass and routing is kept if it is not yet."""
-    windows, device = execution.windows[split], subject.model.lm_head.weight.device
-    ids, labels = windows.input_ids[part].to(device), windows.labels[part].to(device)
-    if _observed(subject, execution, split, number):
+    ids, labels = batch.tokens(subject.model.lm_head.weight.device)
+    if _observed(subject, execution, batch):
         return run_clean(subject.model, ids, labels, starts)
     mass, routing = MassObserver(subject.plan, slices(subject.plan, specs)), RoutingSums()
 
@@ -269,48 +217,49 @@ def _clean_batch(
         routing(trace)
 
     clean = run_clean(subject.model, ids, labels, starts, observe)
-    identity: dict[str, Any] = {
-        "model": subject.name,
-        "window": windows.window_ids[part].numpy(),
-        "document": windows.document_ids[part].numpy(),
-        "split": split,
-    }
+    identity = {"model": subject.name, **batch.identity, "split": batch.split}
     nll = pd.DataFrame(identity | {"nll": clean.readout.nll.mean(-1).cpu().numpy()})
-    observed = {"mass": mass.table(identity), "routing": routing.table(split), "clean": nll}
+    observed = {"mass": mass.table(identity), "routing": routing.table(batch.split), "clean": nll}
     for kind in OBSERVED:
-        execution.parts.put(Key(subject.name, split, number, kind), observed[kind])
+        execution.pieces.put(batch.key(subject.name, kind), observed[kind])
     return clean
 
 
-def _observed(subject: Subject, execution: Execution, split: str, number: int) -> bool:
+def slices(plan: DepthPlan, specs: Sequence[Spec]) -> tuple[Cell, ...]:
+    """The cells whose mass is measured: the standard grid's, and those of the interventions."""
+    wanted = [*standard_grid(plan), *(member.cell(plan) for spec in specs for member in spec.members)]
+    return tuple(dict.fromkeys(cell for cell in wanted if cell.eligible and cell.family in FAMILIES))
+
+
+def _observed(subject: Subject, execution: Execution, batch: Batch) -> bool:
     """Whether everything that the clean run of a batch says is kept."""
-    return all(execution.parts.has(Key(subject.name, split, number, kind)) for kind in OBSERVED)
+    return all(execution.pieces.has(batch.key(subject.name, kind)) for kind in OBSERVED)
 
 
-def _materials(
-    subject: Subject, specs: Sequence[Spec], pilot: Pilot | None, execution: Execution, split: Split, part: slice
-) -> Materials:
+def _inputs(work: _Work, specs: Sequence[Spec], batch: Batch, execution: Execution) -> Inputs:
     """What these interventions borrow for a batch: one clean run of its donors, if any of them needs one."""
-    plan, windows, device = subject.plan, execution.windows[split], subject.model.lm_head.weight.device
+    subject, plan, windows = work.subject, work.subject.plan, batch.windows
+    device = subject.model.lm_head.weight.device
     weights: dict[int, Tensor] = {}
     sources: dict[int, tuple[Tensor, ...]] = {}
     if borrowed := reads_of(specs, plan, DONOR_KINDS):
-        chosen = donors(windows, split, execution.windows["pilot"], execution.seed)[part]
+        pilot_windows = execution.windows[Split.PILOT]
+        chosen = donors(windows, batch.split, pilot_windows, execution.seed)
 
         def keep(trace: Trace) -> None:
             if trace.site.read in borrowed:
                 weights[trace.site.read], sources[trace.site.read] = trace.log_weights, trace.sources
 
-        run_through(subject.model, execution.windows["pilot"].input_ids[chosen].to(device), [], keep)
-    length, ids = windows.input_ids.shape[1], windows.window_ids[part].tolist()
+        run_through(subject.model, pilot_windows.input_ids[chosen].to(device), [], keep)
+    length, ids = windows.input_ids.shape[1], windows.window_ids.tolist()
     drawn = {
-        read: noise(ids, split, read, length, plan.reads[read].num_sources, execution.seed).to(device)
-        for read in reads_of(specs, plan, ["matched"])
+        read: noise(ids, batch.split, read, length, plan.reads[read].num_sources, execution.seed).to(device)
+        for read in reads_of(specs, plan, [MATCHED])
     }
-    return Materials({} if pilot is None else pilot.mean, weights, sources, drawn)
+    return Inputs({} if work.pilot is None else work.pilot.mean, weights, sources, drawn)
 
 
-def _passes(subject: Subject, specs: Sequence[Spec], execution: Execution, clean: Clean) -> Iterator[Sequence[Spec]]:
+def _passes(subject: Subject, specs: Sequence[Spec], execution: Execution, clean: CleanRun) -> Iterator[Sequence[Spec]]:
     """Interventions that share a forward pass: those that start at the same layer, a few at a time."""
     size = execution.cells_per_pass
     if size is None:
@@ -324,73 +273,69 @@ def _passes(subject: Subject, specs: Sequence[Spec], execution: Execution, clean
             yield group[begin : begin + size]
 
 
-def _effects(subject: Subject, clean: Clean, group: Sequence[Spec], materials: Materials) -> list[Effects]:
+def _effects(subject: Subject, clean: CleanRun, group: Sequence[Spec], inputs: Inputs) -> list[Effects]:
     if len(group) == 1:
-        return [clean.readout.compare(run_edited(subject.model, clean, group[0], materials))]
-    return run_rows(subject.model, clean, group, materials)
+        return [clean.readout.compare(run_edited(subject.model, clean, group[0], inputs))]
+    return run_rows(subject.model, clean, group, inputs)
 
 
-def _kept(subject: Subject, execution: Execution, splits: Sequence[Split]) -> dict[str, pd.DataFrame]:
-    """The parts of the clean runs of some splits, in the order of the batches."""
-    found: dict[str, list[pd.DataFrame]] = {kind: [] for kind in OBSERVED}
-    for split, number, _ in execution.batches():
-        for kind, tables in found.items() if split in splits else ():
-            key = Key(subject.name, split, number, kind)
-            if not execution.parts.has(key):
-                raise damaged(subject, split, number)
-            tables.append(execution.parts.last(key))
-    return {kind: pd.concat(tables, ignore_index=True) for kind, tables in found.items()}
+def _tables(subjects: Sequence[Subject], grid: Grid, done: Sequence[_Done], execution: Execution) -> Measured:
+    """The tables of what was measured so far, from its pieces.
 
-
-def damaged(subject: Subject, split: str, number: int) -> StorageError:
-    """What to raise where a part that was kept is gone."""
-    return StorageError(
-        f"{subject.name}: batch {number} of split {split} was measured and cannot be read again; run the same command"
-    )
-
-
-def _coordinates(spec: Spec, plan: DepthPlan) -> dict[str, str]:
-    cell = spec.cell(plan)
-    return {"intervention": spec.what, "family": cell.family, "sublayer": cell.sublayer, "band": cell.band}
-
-
-def _empty_effects() -> pd.DataFrame:
-    columns = {"model": object, "window": "int64", "document": "int64", "split": object, "cell": object}
-    columns |= dict.fromkeys(("intervention", "family", "sublayer", "band"), object)
-    columns |= dict.fromkeys(("dnll", "kl", "flips"), "float32")
-    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-
-
-def eligibility_table(
-    subject: Subject,
-    interventions: Sequence[Spec],
-    pilot: Pilot | None = None,
-    pilot_windows: ProbeWindows | None = None,
-) -> pd.DataFrame:
-    """One row per candidate cell: eligible or why not.
-
-    The depth plan alone decides for most kinds; what borrows from the pilot split needs it, and the control `matched`
-    a family that does not hold most of the mass there.
-
-    Args:
-        subject: the model.
-        interventions: every candidate, the ineligible ones too.
-        pilot: of this model; None where there is no pilot split.
-        pilot_windows: of the pilot split.
+    Raises:
+        StorageError: a piece is missing, because it was damaged after it was written.
     """
-    rows = []
-    for spec in interventions:
-        cell = spec.cell(subject.plan)
-        reason = cell.reason or unavailable(spec, subject.plan, pilot, pilot_windows)
-        rows.append(
-            {"model": subject.name, "cell": spec.id}
-            | _coordinates(spec, subject.plan)
-            | {
-                "eligible": not reason,
-                "reason": reason,
-                "eligible_reads": len(cell.reads),
-                "reads": cell.candidates,
-                "mean_sources": cell.mean_sources,
-            }
-        )
-    return pd.DataFrame(rows)
+    tables: dict[str, list[pd.DataFrame]] = {"effects": [], "mass": [], "routing": [], "clean": []}
+    for subject in subjects:
+        mine = [entry for entry in done if entry.model == subject.name]
+        observed = _observations(subject, [entry.batch for entry in mine], execution)
+        confirm = {name: rows[rows["split"] == Split.CONFIRM] for name, rows in observed.items()}
+        tables["effects"].append(_effects_table(subject, grid, mine, execution))
+        tables["mass"].append(observed["mass"])
+        tables["routing"].append(routing_table(subject, routing_means(confirm["routing"])))
+        tables["clean"].append(confirm["clean"])
+    return Measured(grid, **{name: pd.concat(rows, ignore_index=True) for name, rows in tables.items()})
+
+
+def _effects_table(subject: Subject, grid: Grid, done: Sequence[_Done], execution: Execution) -> pd.DataFrame:
+    tables = []
+    for _, batch, specs in done:
+        rows = execution.pieces.read(batch.key(subject.name, "effects"))
+        order = {spec.id: place for place, spec in enumerate(specs)}
+        if set(rows["cell"] if len(rows) else ()) != set(order):
+            raise damaged(subject.name, batch)
+        if len(rows):
+            rows = rows.sort_values("cell", key=lambda column, order=order: column.map(order), kind="stable")
+            tables.append(rows.assign(model=subject.name, split=batch.split))
+    effects = pd.concat(tables, ignore_index=True) if tables else _no_effects()
+    cells = {candidate.spec.id: candidate.row for candidate in grid.of_model(subject.name)}
+    for column in ("intervention", *columns.SLICE):
+        effects[column] = effects["cell"].map({cell: row[column] for cell, row in cells.items()})
+    return effects[columns.EFFECTS.names]
+
+
+def _no_effects() -> pd.DataFrame:
+    types = {"text": "object", "integer": "int64", "number": "float32"}
+    return pd.DataFrame({column.name: pd.Series(dtype=types[column.type]) for column in columns.EFFECTS.columns})
+
+
+def _estimates(subject: Subject, grid: Grid, done: Sequence[_Done], execution: Execution) -> pd.DataFrame:
+    """Estimates from gradients for the masks of a model; empty where it has none."""
+    masks = {candidate.spec.id: candidate.cell for candidate in grid.of_model(subject.name) if candidate.is_mask}
+    if not masks:
+        return pd.DataFrame()
+    batches = [batch for model, batch, _ in done if model == subject.name]
+    execution.together(partial(run_attribution, subject, masks, batches, execution))
+    return attribution_table(subject, batches, execution)
+
+
+def _observations(subject: Subject, batches: Sequence[Batch], execution: Execution) -> dict[str, pd.DataFrame]:
+    """The pieces of the clean runs of some batches, in their order."""
+    tables: dict[str, list[pd.DataFrame]] = {kind: [] for kind in OBSERVED}
+    for batch in batches:
+        for kind in OBSERVED:
+            key = batch.key(subject.name, kind)
+            if not execution.pieces.has(key):
+                raise damaged(subject.name, batch)
+            tables[kind].append(execution.pieces.last(key))
+    return {kind: pd.concat(rows, ignore_index=True) for kind, rows in tables.items()}

@@ -1,7 +1,7 @@
 """What the report's per-token viewer shows: tokens and routing weights of a few windows, as `viewer.json`.
 
 The file is bounded: windows are few, tokens are the first of each, weights are whole thousandths. Token strings are
-written as they are; whoever shows them takes them for hostile (`report_viewer`).
+written as they are; whoever shows them takes them for hostile (`attnres.report.viewer`).
 """
 
 import json
@@ -14,7 +14,7 @@ from attnres.data import Corpus, ProbeWindows
 from attnres.depth.families import family_of
 from attnres.depth.plan import ReadPlan
 from attnres.files.whole_files import write_text
-from attnres.probe.passes import Subject
+from attnres.probe.subjects import Subject
 
 VIEWER = "viewer.json"
 FORMAT = 1
@@ -51,7 +51,7 @@ def collect_viewer(
     routing = subject.model(ids.to(subject.model.device), output_routing=True).routing
     thousandths = [(weights.float() * 1000).round().int().cpu() for weights in routing]
     while True:
-        found = {
+        viewer = {
             "format": FORMAT,
             "model": subject.name,
             "reads": [_read(read) for read in subject.plan.reads],
@@ -64,8 +64,8 @@ def collect_viewer(
                 for k, row in enumerate(rows)
             ],
         }
-        if ids.shape[1] == 1 or len(_text(found).encode()) <= max_bytes:
-            return found
+        if ids.shape[1] == 1 or len(_text(viewer).encode()) <= max_bytes:
+            return viewer
         ids = ids[:, : ids.shape[1] // 2]
 
 
@@ -75,8 +75,8 @@ def write_viewer(folder: Path, subject: Subject, windows: ProbeWindows, corpus: 
     return folder / VIEWER
 
 
-def _text(found: dict[str, Any]) -> str:
-    return json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+def _text(viewer: dict[str, Any]) -> str:
+    return json.dumps(viewer, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _first_of_each_document(windows: ProbeWindows) -> list[int]:
@@ -92,8 +92,8 @@ def _read(read: ReadPlan) -> dict[str, Any]:
         if read.has_current and place == read.num_sources - 1:
             names.append("running state")
         else:
-            parts = ["embedding"] * source.embedding + [_outputs(source.start, source.stop)]
-            names.append(" and ".join(part for part in parts if part))
+            terms = ["embedding"] * source.embedding + [_outputs(source.start, source.stop)]
+            names.append(" and ".join(term for term in terms if term))
     families = [family_of(place, read.num_sources) for place in range(read.num_sources)]
     return {"read": read.index, "layer": read.layer, "sublayer": read.sublayer, "sources": names, "families": families}
 

@@ -1,6 +1,8 @@
-"""Processes that share independent work: one by default, one a device otherwise, and errors that all of them raise."""
+"""The processes that share one command's work, as many as there are devices, and what they agree on."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -9,20 +11,27 @@ from lightning.fabric.strategies import DDPStrategy
 
 from attnres.errors import AttnResError, ConfigError
 
-# A process that has finished its share waits this long for the others.
+# A process that has finished its work waits this long for the others.
 _PATIENCE = timedelta(hours=24)
+_CPU = torch.device("cpu")
 
 
 class Ranks:
-    """The processes that share the work, and which of them this is; rank 0 writes what is not a piece of the work."""
+    """The processes that share the work; by default this one alone. The first writes what is not shared.
 
-    def __init__(self, fabric: Fabric | None = None) -> None:
+    Args:
+        fabric: Lightning's, launched; None for one process.
+        device: of a process that is alone.
+    """
+
+    def __init__(self, fabric: Fabric | None = None, device: torch.device = _CPU) -> None:
         self._fabric = fabric
         self.rank = 0 if fabric is None else fabric.global_rank
         self.size = 1 if fabric is None else fabric.world_size
+        self.device = device if fabric is None else fabric.device
 
     @classmethod
-    def launch(cls, devices: int, accelerator: str) -> "Ranks":
+    def launch(cls, devices: int, device: torch.device) -> "Ranks":
         """As many processes as there are devices, unless torchrun has started them already.
 
         Raises:
@@ -30,11 +39,11 @@ class Ranks:
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if devices == started == 1:
-            return cls()
+            return cls(device=device)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
         try:
             fabric = Fabric(
-                accelerator=accelerator,
+                accelerator=device.type,
                 devices=here,
                 num_nodes=max(1, started // here),
                 strategy=DDPStrategy(timeout=_PATIENCE),
@@ -44,13 +53,8 @@ class Ranks:
             raise ConfigError(f"devices={devices}: {' '.join(str(error).split())}") from error
         return cls(fabric)
 
-    @property
-    def device(self) -> torch.device | None:
-        """The device of this process; None where it is alone and free to choose."""
-        return None if self._fabric is None else self._fabric.device
-
     def agree(self, error: AttnResError | None = None) -> None:
-        """Waits for all processes, and raises in each of them the error of the lowest rank that has one."""
+        """Waits for all processes, and raises in each of them the error of the first that has one."""
         if self._fabric is None:
             if error is not None:
                 raise error
@@ -61,3 +65,28 @@ class Ranks:
             shared = self._fabric.broadcast(error, src=first)
             assert shared is not None
             raise shared
+
+
+@contextmanager
+def launched(devices: int, device: str) -> Iterator[Ranks]:
+    """The processes that share the work under this block.
+
+    The first one reports an error of the project, and ends with its code: a launcher kills it if another one fails
+    before it does. In the others the error ends the block and nothing more.
+
+    Args:
+        devices: how many processes.
+        device: `"auto"`, `"cpu"` or `"cuda"`.
+
+    Raises:
+        ConfigError: the machine does not have the devices.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ConfigError("device=cuda: this machine offers no CUDA device; use device=auto or device=cpu")
+    ranks = Ranks.launch(devices, torch.device("cuda" if device != "cpu" and cuda else "cpu"))
+    try:
+        yield ranks
+    except AttnResError:
+        if ranks.rank == 0:
+            raise

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from attnres.depth.families import BANDS, FAMILIES, SUBLAYERS, places
 from attnres.depth.plan import DepthPlan
 from attnres.errors import ConfigError
-from attnres.interventions.edits import RemoveMatched, RowsEdit, Scale
-from attnres.interventions.ids import CLEAN, KINDS, Composition, Intervention, parse
+from attnres.interventions.edits import NO_EDIT, RemoveMatched, RowsEdit, Scale, edit
+from attnres.interventions.grid import Grid
+from attnres.interventions.ids import KINDS, Composition, Intervention, parse
 from attnres.model.state import Site
 
 NUMBERED = st.integers(0, 999).map(str)
@@ -32,7 +33,7 @@ def single(draw):
 
 
 SPECS = st.one_of(
-    single(), st.lists(single(), min_size=2, max_size=4, unique=True).map(lambda parts: Composition(tuple(parts)))
+    single(), st.lists(single(), min_size=2, max_size=4, unique=True).map(lambda members: Composition(tuple(members)))
 )
 
 
@@ -84,14 +85,14 @@ def test_intervention_parse_refuses(text):
 
 def sources_changed(spec, plan):
     """read -> positions of the sources whose log weights an edit changes, from what it does to uniform weights."""
-    found = {}
+    positions = {}
     for read in plan.reads:
         uniform = torch.zeros(1, 1, read.num_sources).log_softmax(-1)
-        edited = spec.edit(plan)(Site.of(read), uniform)
+        edited = edit(spec, plan)(Site.of(read), uniform)
         changed = (edited != uniform).flatten().nonzero().flatten().tolist()
         if changed:
-            found[read.index] = tuple(changed)
-    return found
+            positions[read.index] = tuple(changed)
+    return positions
 
 
 def test_mask_edits_the_eligible_reads_of_its_cell_only():
@@ -102,9 +103,9 @@ def test_mask_edits_the_eligible_reads_of_its_cell_only():
 
 def test_mask_renormalises_what_is_left():
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(2, 3, 4)
-    edit = Intervention.parse("mask:older@attn.late").edit(DepthPlan(12, 4))
-    untouched = edit(Site(17, "mlp", 8), weights)
-    masked = torch.softmax(edit(Site(16, "attn", 8), weights), -1)
+    mask = edit(parse("mask:older@attn.late"), DepthPlan(12, 4))
+    untouched = mask(Site(17, "mlp", 8), weights)
+    masked = torch.softmax(mask(Site(16, "attn", 8), weights), -1)
     assert untouched is weights
     torch.testing.assert_close(masked[0, 0], torch.tensor([0.1, 0.0, 0.3, 0.4]) / 0.8)
 
@@ -215,9 +216,21 @@ def test_matched_removes_its_share_outside_the_family_only(seed, num_sources):
 def test_rows_edit_gives_each_group_its_own_edit():
     plan = DepthPlan(6, 3)
     site, log_weights = Site(9, "mlp", 4), torch.randn(6, 4, 4).log_softmax(-1)
-    parts = [CLEAN, parse("mask:embedding@mlp.late").edit(plan), parse("scale:3:older@mlp.late").edit(plan)]
-    edited = RowsEdit(parts, 2)(site, log_weights)
-    for index, part in enumerate(parts):
+    edits = [NO_EDIT, *(edit(parse(text), plan) for text in ("mask:embedding@mlp.late", "scale:3:older@mlp.late"))]
+    edited = RowsEdit(edits, 2)(site, log_weights)
+    for index, each in enumerate(edits):
         rows = slice(2 * index, 2 * index + 2)
-        assert torch.equal(edited[rows], part(site, log_weights[rows]))
-    assert RowsEdit(parts, 2)(Site(2, "attn", 1), log_weights) is log_weights
+        assert torch.equal(edited[rows], each(site, log_weights[rows]))
+    assert RowsEdit(edits, 2)(Site(2, "attn", 1), log_weights) is log_weights
+
+
+def test_grid_excludes_in_two_steps_and_each_is_a_value():
+    specs = [parse(text) for text in ("mask:embedding@mlp.late", "mask:recent@attn.layer0", "mean@mlp.late")]
+    planned = Grid.of(specs, {"attnres": DepthPlan(6, 3), "recency": DepthPlan(6, 3, "cumulative")})
+    assert planned.eligible("attnres") == [specs[0], specs[2]]
+    piloted = planned.excluding("attnres", {"mean@mlp.late": "no pilot", "mask:recent@attn.layer0": "not this reason"})
+    assert piloted.eligible("attnres") == [specs[0]]
+    assert piloted.eligible("recency") == planned.eligible("recency") and planned.specs == piloted.specs == specs
+    reasons = {one.spec.id: one.cell.reason for one in piloted.candidates if one.model == "attnres"}
+    assert reasons["mean@mlp.late"] == "no pilot" and reasons["mask:recent@attn.layer0"].startswith("only one source")
+    assert planned.eligible("attnres") == [specs[0], specs[2]]

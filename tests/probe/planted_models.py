@@ -16,7 +16,6 @@ from torch import Tensor
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.data import ProbeWindows
-from attnres.probe.runner import Split
 
 TOKENS, DIGITS = 16, 3
 CODE, ANSWER, BETWEEN, JUNK = (slice(16 * k, 16 * (k + 1)) for k in range(4))
@@ -40,7 +39,7 @@ class Planted:
 
     name: str
     model: Qwen3AttnResForCausalLM
-    windows: dict[Split, ProbeWindows]
+    windows: dict[str, ProbeWindows]
     causal: frozenset[str]
     without_role: frozenset[str] = field(default_factory=frozenset)
 
@@ -132,13 +131,13 @@ def read_answer(model: Qwen3AttnResForCausalLM, certainty: float) -> None:
     model.lm_head.weight[:, ANSWER] = torch.eye(TOKENS) * gap / LENGTH
 
 
-def documents(rows: Tensor, pilot: int) -> dict[Split, ProbeWindows]:
+def documents(rows: Tensor, pilot: int) -> dict[str, ProbeWindows]:
     """`rows [2 N, T + 1]`, two windows a document; the first `pilot` documents are the pilot split."""
     order = torch.arange(len(rows))
-    parts: dict[Split, slice] = {"pilot": slice(None, 2 * pilot), "confirm": slice(2 * pilot, None)}
+    splits = {"pilot": slice(None, 2 * pilot), "confirm": slice(2 * pilot, None)}
     return {
-        split: ProbeWindows(rows[part, :-1], rows[part, 1:], order[part] * rows.shape[1], order[part] // 2)
-        for split, part in parts.items()
+        split: ProbeWindows(rows[some, :-1], rows[some, 1:], order[some] * rows.shape[1], order[some] // 2)
+        for split, some in splits.items()
     }
 
 
@@ -157,7 +156,7 @@ def chain_of(successor: Tensor, count: int, length: int, noise: float) -> Tensor
     return tokens
 
 
-def _chained(successor: Tensor) -> dict[Split, ProbeWindows]:
+def _chained(successor: Tensor) -> dict[str, ProbeWindows]:
     return documents(chain_of(successor, 2 * (PILOT + CONFIRM), WINDOW + 1, NOISE), PILOT)
 
 

@@ -1,5 +1,7 @@
 """Gradient attribution against finite differences and against a small exact dose, and its rank among exact effects."""
 
+import dataclasses
+
 import pytest
 import torch
 from scipy import stats
@@ -7,10 +9,14 @@ from scipy import stats
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.data import ProbeWindows
 from attnres.depth.families import family_indices, grid
+from attnres.errors import Stopped
+from attnres.interventions.grid import Grid
 from attnres.interventions.ids import Intervention, parse
-from attnres.probe.attribution import attribution, attribution_table, run_attribution
-from attnres.probe.passes import Subject, run_clean, run_edited
-from attnres.probe.runner import Execution
+from attnres.probe.attribution import attribution, run_attribution
+from attnres.probe.execution import Execution
+from attnres.probe.passes import run_clean, run_edited
+from attnres.probe.runner import measure
+from attnres.probe.subjects import Subject
 from attnres.statistics.dissociation import against_exact
 from tests.statistics.probed_tables import QUICK, SLICES, measured
 
@@ -55,14 +61,14 @@ def test_attribution_is_the_derivative_of_scaling(family):
     made = model(queries=0.0)
     read = made.model.plan.reads[11]
     cell = Intervention("mask", family, None, f"read{read.index}").cell(made.model.plan)
-    found = attribution(made, *tokens(), [cell])[cell]
+    estimate = attribution(made, *tokens(), [cell])[cell]
     bias = made.model.layers[5].mlp_res_bias
     mass = torch.softmax(bias.detach(), -1)[list(family_indices(family, read.num_sources))].sum()
     step = 1e-4
     slope = (exact(made, f"scale:{1 + step}:{family}@read11") - exact(made, f"scale:{1 - step}:{family}@read11")) / (
         2 * step
     )
-    torch.testing.assert_close(-(1 - mass) * found, slope, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(-(1 - mass) * estimate, slope, rtol=1e-5, atol=1e-9)
     assert slope.abs().min() > 1e-6
 
 
@@ -85,32 +91,33 @@ def test_estimates_by_window_are_kept_batch_by_batch_and_are_none_without_a_mask
     ids, labels = tokens(5)
     windows = {"confirm": ProbeWindows(ids, labels, torch.arange(5) * 3, torch.arange(5) * 2)}
     specs = [parse("mask:embedding@mlp.late"), parse("mean@attn.early"), parse("mask:current@attn.mid")]
-    execution = Execution(windows, batch_size=2)
-    assert run_attribution(subject, specs, execution)
-    table = attribution_table(subject, specs, execution)
-    found = table.set_index(["cell", "window"])["estimate"]
-    assert len(found) == 10 and set(table["split"]) == {"confirm"}
+    grid, execution = Grid.of(specs, {"attnres": subject.plan}), Execution(windows, batch_size=2)
+    table = measure([subject], grid, execution, estimated=["attnres"]).attribution
+    estimates = table.set_index(["cell", "window"])["estimate"]
+    assert len(estimates) == 10 and set(table["split"]) == {"confirm"}
     cell = specs[0].cell(made.model.plan)
     whole = attribution(made, ids, labels, [cell])[cell]
     identity = dict(zip(windows["confirm"].window_ids.tolist(), whole.tolist(), strict=True))
-    assert found[specs[0].id].to_dict() == pytest.approx(identity, rel=1e-4)
-    again = Execution(windows, batch_size=2, parts=execution.parts, stop=lambda: True)
-    assert run_attribution(subject, specs, again), "what is kept is not estimated again, so nothing can be stopped"
-    assert not run_attribution(subject, specs, Execution(windows, 2, stop=lambda: True))
-    none = [parse("mean@attn.early")]
-    assert run_attribution(subject, none, Execution(windows, 2))
-    assert attribution_table(subject, none, Execution(windows, 2)).empty
+    assert estimates[specs[0].id].to_dict() == pytest.approx(identity, rel=1e-4)
+    asked = Execution(windows, batch_size=2, stop=lambda: "SIGTERM")
+    again = dataclasses.replace(asked, pieces=execution.pieces)
+    # What is kept is not estimated again, so that nothing can be stopped.
+    run_attribution(subject, {specs[0].id: cell}, again.batches[0], again)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run_attribution(subject, {specs[0].id: cell}, asked.batches[0], asked)
+    none = Grid.of([parse("mean@attn.early")], {"attnres": subject.plan})
+    assert measure([subject], none, Execution(windows, 2), estimated=["attnres"]).attribution.empty
 
 
 def test_against_exact_ranks_cells_by_document():
     effects, _, _ = measured({("attnres", piece): 0.1 * place for place, piece in enumerate(SLICES)})
     mine = effects[effects["model"] == "attnres"]
     estimates = mine[["model", "cell", "window", "document", "split"]].assign(estimate=2 - mine["dnll"] ** 3)
-    found = against_exact(estimates, effects, QUICK)
-    rank = found["attribution_rank"]
+    judged = against_exact(estimates, effects, QUICK)
+    rank = judged["attribution_rank"]
     assert rank["rho"] == pytest.approx(-1) and rank["rho_lo"] == pytest.approx(-1) and rank["documents"] == 24
     confirm = mine[mine["split"] == "confirm"].groupby("cell", sort=False)["dnll"].mean()
-    assert {row["cell"]: row["dnll"] for row in found["attribution"]} == pytest.approx(confirm.to_dict())
+    assert {row["cell"]: row["dnll"] for row in judged["attribution"]} == pytest.approx(confirm.to_dict())
     one = against_exact(estimates[estimates["cell"] == estimates["cell"].iloc[0]], effects, QUICK)
     assert one["attribution_rank"]["rho"] is None
     with pytest.raises(ValueError, match="different documents"):

@@ -11,10 +11,11 @@ from attnres.data import ProbeWindows
 from attnres.depth.families import FAMILIES, SUBLAYERS, Cell, grid
 from attnres.depth.plan import CONVENTIONS
 from attnres.interventions.donors import donors, noise
+from attnres.interventions.edits import edit
 from attnres.interventions.ids import KINDS, Intervention, parse
 from attnres.ops import reference
-from attnres.probe.passes import Subject
-from attnres.probe.runner import run_grid
+from attnres.probe.subjects import Subject
+from tests.probe.in_memory import measure_cells
 
 LAYERS, LENGTH, SEED = 6, 8, 5
 MODEL = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,
@@ -146,7 +147,7 @@ def test_every_intervention_equals_its_recomputation(convention):
     plan, again = model.model.plan, Recomputed(model, pilot, drawn)
     items = [item for item in everything(plan) if item.kind != "matched" or available(again, item, plan)]
     assert {item.kind for item in items} == set(KINDS)
-    tables = run_grid(Subject("attnres", model), items, {"pilot": pilot, "confirm": drawn}, 4, seed=SEED)
+    tables = measure_cells(Subject("attnres", model), items, {"pilot": pilot, "confirm": drawn}, 4, seed=SEED)
     clean, _ = recompute(model, drawn.input_ids)
     effects = tables.effects[tables.effects["split"] == "confirm"]
     for item in items:
@@ -160,8 +161,8 @@ def test_every_intervention_equals_its_recomputation(convention):
         }
         for name, values in wanted.items():
             # The measurement itself is in fp32.
-            found = torch.tensor(rows[name].to_numpy()).double()
-            torch.testing.assert_close(found, values, rtol=1e-4, atol=3e-6, msg=lambda m, i=item.id: f"{i}: {m}")
+            measured = torch.tensor(rows[name].to_numpy()).double()
+            torch.testing.assert_close(measured, values, rtol=1e-4, atol=3e-6, msg=lambda m, i=item.id: f"{i}: {m}")
         if item.kind == "noop":
             assert bool((rows[["dnll", "kl", "flips"]] == 0).all(axis=None))
         else:
@@ -185,10 +186,11 @@ def test_compositions_equal_their_recomputation(convention):
     texts = ("mask:embedding@mlp.mid+scale:3:current@mlp.mid", "uniform@attn.layer4+mask:embedding@attn.late",
              "values:embedding@mlp.mid+resample@mlp.layer3+mask:recent@read8")  # fmt: skip
     specs = [parse(text) for text in texts]
-    tables = run_grid(Subject("attnres", model), specs, {"pilot": pilot, "confirm": drawn}, 3, seed=SEED)
+    drawn_from = {"pilot": pilot, "confirm": drawn}
+    tables = measure_cells(Subject("attnres", model), specs, drawn_from, 3, excluding=False, seed=SEED)
     clean, _ = recompute(model, drawn.input_ids)
     for spec in specs:
-        changes = [again.change(part, part.cell(plan)) for part in spec.parts]
+        changes = [again.change(member, member.cell(plan)) for member in spec.members]
 
         def change(read, weights, vectors, changes=changes):
             for one in changes:
@@ -198,8 +200,8 @@ def test_compositions_equal_their_recomputation(convention):
         edited, _ = recompute(model, drawn.input_ids, change)
         rows = tables.effects[(tables.effects["cell"] == spec.id) & (tables.effects["split"] == "confirm")]
         kl = (clean.exp() * (clean - edited)).sum(-1).mean(-1)
-        found = torch.tensor(rows.sort_values("window")["kl"].to_numpy()).double()
-        torch.testing.assert_close(found, kl, rtol=1e-4, atol=3e-6)
+        measured = torch.tensor(rows.sort_values("window")["kl"].to_numpy()).double()
+        torch.testing.assert_close(measured, kl, rtol=1e-4, atol=3e-6)
         assert float(kl.min()) > 1e-5
 
 
@@ -219,7 +221,7 @@ def test_zero_is_mask_without_eps_and_not_with_a_large_one(convention):
                 return weights, vectors
 
             zeroed, _ = recompute(model, drawn.input_ids, zero)
-            masked = torch.log_softmax(model(drawn.input_ids, edit=mask.edit(model.model.plan)).logits, -1)
+            masked = torch.log_softmax(model(drawn.input_ids, edit=edit(mask, model.model.plan)).logits, -1)
             # Attention's norms of queries and keys, and the final one without a read, are the library's, in fp32.
             assert bool((zeroed - masked).abs().max() < 1e-6) == same, cell
 
@@ -234,5 +236,5 @@ def test_scale_by_zero_is_bitwise_mask():
             Intervention(kind, cell.family, cell.sublayer, cell.band, argument)
             for kind, argument in (("mask", None), ("scale", 0.0))
         )
-        logits = [model(drawn.input_ids, edit=item.edit(model.model.plan)).logits for item in (mask, scale)]
+        logits = [model(drawn.input_ids, edit=edit(item, model.model.plan)).logits for item in (mask, scale)]
         assert torch.equal(*logits)

@@ -1,16 +1,16 @@
-"""Earlier looks: which probes beside a new one had results for its cells before it was registered."""
+"""Earlier probes: which probes beside a new one had results for its cells before it was registered."""
 
 import json
 
 import pytest
 
-from attnres.probe.earlier_probes import RESULTS, earlier_looks
+from attnres.probe.earlier_probes import RESULTS, earlier_probes
 
 FAMILIES = ("embedding", "current")
 
 
 def probed(folder, *families, margin=0.005, with_results=True, checkpoint="def"):
-    """What a probe of these families leaves of its plan; `preregistration` in `outputs.py` makes the real one."""
+    """What a probe of these families leaves of its plan; `attnres.probe.preregistration` makes the real one."""
     families = families or FAMILIES
     registered = {
         "written": "2026-01-01T00:00:00+00:00",
@@ -27,10 +27,10 @@ def probed(folder, *families, margin=0.005, with_results=True, checkpoint="def")
     return registered
 
 
-def test_a_probe_that_judges_the_same_cells_by_another_margin_is_a_look(tmp_path):
+def test_a_probe_that_judges_the_same_cells_by_another_margin_is_an_earlier_one(tmp_path):
     probed(tmp_path / "probe_a", "embedding", margin=0.02)
-    (look,) = earlier_looks(tmp_path / "probe_b", probed(tmp_path / "probe_b"))
-    assert look == {
+    (earlier,) = earlier_probes(tmp_path / "probe_b", probed(tmp_path / "probe_b"))
+    assert earlier == {
         "folder": "probe_a",
         "written": "2026-01-01T00:00:00+00:00",
         "cells": 2,
@@ -42,19 +42,35 @@ def test_a_probe_that_judges_the_same_cells_by_another_margin_is_a_look(tmp_path
 @pytest.mark.parametrize(
     ("families", "changed"),
     [
-        (["current"], {}),  # a part of the same swept grid
+        (["current"], {}),  # a member of the same swept grid
         (["embedding"], {"with_results": False}),  # nothing to look at yet
         (["embedding"], {"checkpoint": "another"}),
     ],
 )
-def test_what_is_no_look(tmp_path, families, changed):
+def test_what_is_no_earlier_probe(tmp_path, families, changed):
     probed(tmp_path / "probe_a", *families, **changed)
     registered = probed(tmp_path / "probe_b", "embedding")
-    assert earlier_looks(tmp_path / "probe_b", registered) == []
+    assert earlier_probes(tmp_path / "probe_b", registered) == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"cells": 3}', '{"cells": ["mask:embedding@attn.early"]}'])
-def test_a_folder_that_no_probe_wrote_is_passed_over(tmp_path, text):
-    probed(tmp_path / "probe_a")
-    (tmp_path / "probe_a" / "preregistration.json").write_text(text)
-    assert earlier_looks(tmp_path / "probe_b", probed(tmp_path / "probe_b")) == []
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"cells": 3}',
+        '{"cells": ["mask:embedding@attn.early"]}',
+        '{"cells": ' + 64 * "[" + 64 * "]" + "}",  # 65 deep
+        200_000 * "[",  # deeper than a parser can go
+    ],
+    ids=["empty", "list", "number", "lacking", "depth 65", "depth 200000"],
+)
+def test_a_folder_that_no_probe_wrote_is_skipped_with_one_warning(tmp_path, caplog, text):
+    probed(tmp_path / "probe_a", "embedding")
+    probed(tmp_path / "probe_c", "embedding")
+    damaged = tmp_path / "probe_a" / "preregistration.json"
+    damaged.write_text(text)
+    (earlier,) = earlier_probes(tmp_path / "probe_b", probed(tmp_path / "probe_b"))
+    assert earlier["folder"] == "probe_c"
+    (warning,) = caplog.messages
+    assert str(damaged) in warning and "skipped" in warning

@@ -7,11 +7,11 @@ import pytest
 
 from attnres.depth.families import grid
 from attnres.interventions.ids import Intervention, Spec, parse
-from attnres.probe.passes import Subject
-from attnres.probe.runner import eligibility_table, run_grid
+from attnres.probe.subjects import Subject
 from attnres.statistics.cells import cell_table
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.dissociation import dissociation_table, spearman_table
+from tests.probe.in_memory import measure_cells
 from tests.probe.planted_models import Planted, backup, duplicated_source, norm_trap, one_attention, one_mlp, two_mlps
 
 STATISTICS = StatisticsConfig(sign_flips=999, bootstrap=200)
@@ -36,11 +36,9 @@ def probed(planted: Planted, *more: str) -> Probed:
     subject = Subject("attnres", planted.model)
     specs: list[Spec] = [Intervention("mask", cell.family, cell.sublayer, cell.band) for cell in grid(subject.plan)]
     specs += [parse(text) for text in more]
-    run = [spec for spec in specs if spec.cell(subject.plan).eligible]
-    tables = run_grid(subject, run, planted.windows, 64)
-    eligibility = eligibility_table(subject, specs)
-    measured = (tables.effects, tables.mass, eligibility, STATISTICS)
-    return Probed(planted, cell_table(*measured), dissociation_table(*measured), spearman_table(*measured))
+    measured = measure_cells(subject, specs, planted.windows, 64)
+    tables = (measured.effects, measured.mass, measured.eligibility, STATISTICS)
+    return Probed(planted, cell_table(*tables), dissociation_table(*tables), spearman_table(*tables))
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +60,15 @@ def test_planted_sites_are_causal_and_others_are_not(everything):
         for cell, verdict in one.verdicts.items()
         if verdict != "excluded"
     ]
-    found = sum(verdict == "causal" for verdict, planted in judged if planted)
+    detected = sum(verdict == "causal" for verdict, planted in judged if planted)
     sites = sum(planted for _, planted in judged)
     others = [verdict for verdict, planted in judged if not planted]
-    told = pd.Series(others).value_counts().to_dict()
-    print(f"\n{len(everything)} models: {found} of {sites} planted sites causal; {len(others)} other cells: {told}")
+    counts = pd.Series(others).value_counts().to_dict()
+    print(
+        f"\n{len(everything)} models: {detected} of {sites} planted sites causal; {len(others)} other cells: {counts}"
+    )
     assert sites == sum(len(one.planted.causal) for one in everything)
-    assert found == sites
+    assert detected == sites
     assert others.count("causal") <= 0.05 * len(others)
 
 
@@ -99,10 +99,10 @@ def test_norm_trap_is_named_by_the_norm_aware_share(everything):
     traps = [one for one in everything if one.planted.name == "norm_trap"]
     assert len(traps) == 2
     for one in traps:
-        told = one.dissociation.set_index("sublayer").loc["mlp"]
-        assert told["verdict"] == "dissociated"
-        assert told["effect_cell"] in one.planted.causal and told["mass_cell"] not in one.planted.causal
-        assert "norm_share" in told["predicted_by"].split(", ")
+        row = one.dissociation.set_index("sublayer").loc["mlp"]
+        assert row["verdict"] == "dissociated"
+        assert row["effect_cell"] in one.planted.causal and row["mass_cell"] not in one.planted.causal
+        assert "norm_share" in row["predicted_by"].split(", ")
         rho = one.spearman.set_index(["sublayer", "metric"])["rho"]
         assert rho["mlp", "mass"] < 0 < rho["mlp", "norm_share"]
 

@@ -1,8 +1,10 @@
-"""Parts of a probe: killed, damaged, shared and packed runs give the tables of one undisturbed run."""
+"""Pieces of a probe: killed, damaged, shared, packed and staged runs give the tables of one undisturbed run."""
 
 import os
 import signal
-from dataclasses import replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,19 +12,19 @@ import torch
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.data import ProbeWindows
-from attnres.errors import ConfigError, StorageError
+from attnres.errors import ConfigError, Stopped, StorageError
 from attnres.files import provenance
 from attnres.files.run_folder import LOCK
 from attnres.files.whole_files import locked
 from attnres.interventions.config import GridConfig
-from attnres.interventions.donors import donors
-from attnres.interventions.grid import candidates, whole_grid
+from attnres.interventions.donors import Pilot, donors, unavailable
+from attnres.interventions.grid import Grid, candidates, make_grid
 from attnres.interventions.ids import parse
 from attnres.probe import runner
-from attnres.probe.passes import Subject
-from attnres.probe.pieces import Parts
-from attnres.probe.run import _only_probe_in
-from attnres.probe.runner import Execution, eligibility_table, pilot_of, run_cells, run_pilot, tables_of
+from attnres.probe.execution import Execution, only_probe_in
+from attnres.probe.pieces import Pieces, pieces_folder
+from attnres.probe.runner import Measured, measure
+from attnres.probe.subjects import Subject
 from attnres.processes.ranks import Ranks
 from attnres.processes.signals import StopSignals
 
@@ -53,39 +55,53 @@ def draw(count: int, first: int) -> ProbeWindows:
 WINDOWS = {"pilot": draw(5, 10), "confirm": draw(6, 50)}
 
 
-def execution(parts: Parts, **changes) -> Execution:
-    return Execution(WINDOWS, batch_size=2, seed=3, parts=parts, **changes)
+def execution(pieces: Pieces, **changes) -> Execution:
+    return Execution(WINDOWS, batch_size=2, seed=3, pieces=pieces, **changes)
+
+
+def walked(subject: Subject, execution: Execution, specs=SPECS, **how) -> Measured:
+    """Measure what is missing."""
+    return measure([subject], Grid.of(specs, {subject.name: subject.plan}), execution, **how)
 
 
 def walk(subject: Subject, execution: Execution) -> list[bytes]:
-    """Measure what is missing, and the tables as bytes."""
-    assert run_pilot(subject, SPECS, execution)
-    assert run_cells(subject, SPECS, pilot_of(subject, execution), execution)
-    return as_bytes(subject, execution)
-
-
-def as_bytes(subject: Subject, execution: Execution) -> list[bytes]:
-    tables = tables_of(subject, SPECS, execution)
+    """The tables as bytes."""
+    tables = walked(subject, execution)
     return [table.to_parquet(index=False) for table in (tables.effects, tables.mass, tables.routing, tables.clean)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(subject) -> list[bytes]:
-    return walk(subject, execution(Parts()))
+    return walk(subject, execution(Pieces()))
 
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """Ids of the cells that are measured, as often as they are; each becomes a part at once."""
-    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_PARTS", -1.0)
+    """Ids of the cells that are measured, as often as they are; each becomes a piece at once."""
+    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_PIECES", -1.0)
     seen, original = [], runner.run_edited
 
-    def run_edited(model, clean, spec, materials):
+    def run_edited(model, clean, spec, inputs):
         seen.append(spec.id)
-        return original(model, clean, spec, materials)
+        return original(model, clean, spec, inputs)
 
     monkeypatch.setattr(runner, "run_edited", run_edited)
     return seen
+
+
+class Progress:
+    """A bar that calls `tick` with the number of cells finished."""
+
+    total = 0
+
+    def __init__(self, tick) -> None:
+        self.update = tick
+
+    def reset(self, total: int) -> None:
+        pass
+
+    def set_postfix_str(self, text: str) -> None:
+        pass
 
 
 TOTAL = len(SPECS) * 6
@@ -104,83 +120,118 @@ def test_killed_run_resumes_without_measuring_again(subject, undisturbed, measur
     child = os.fork()
     if child == 0:
         try:
-            walk(subject, execution(Parts(tmp_path), progress=die))
+            walk(subject, execution(Pieces(tmp_path), progress=Progress(die)))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     # The cell that was finished last may have been on its way to the disk.
     left = sum(table["cell"].nunique() for table in map(pd.read_parquet, tmp_path.glob("*.effects.*")))
     assert after - 1 <= left <= after
-    assert walk(subject, execution(Parts(tmp_path))) == undisturbed
+    assert walk(subject, execution(Pieces(tmp_path))) == undisturbed
     assert len(measured) == TOTAL - left
-    assert walk(subject, execution(Parts(tmp_path))) == undisturbed
+    assert walk(subject, execution(Pieces(tmp_path))) == undisturbed
     assert len(measured) == TOTAL - left
 
 
-def test_damaged_part_is_measured_again(subject, undisturbed, measured, tmp_path, caplog):
-    walk(subject, execution(Parts(tmp_path)))
+def test_damaged_piece_is_measured_again(subject, undisturbed, measured, tmp_path, caplog):
+    walk(subject, execution(Pieces(tmp_path)))
     for kind in ("effects", "mass", "clean"):
         path = sorted(tmp_path.glob(f"*.{kind}.*"))[1]
         whole = path.read_bytes()
         path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-    assert walk(subject, execution(Parts(tmp_path))) == undisturbed
+    assert walk(subject, execution(Pieces(tmp_path))) == undisturbed
     assert "sha256 differs" in caplog.text
     assert len(measured) == TOTAL + 1
 
 
-def test_part_that_vanishes_before_the_tables_is_an_error_with_a_remedy(subject, tmp_path):
-    done = execution(Parts(tmp_path))
-    walk(subject, done)
-    sorted(tmp_path.glob("*.effects.*"))[0].unlink()
-    done.parts.refresh()
+def test_piece_that_vanishes_before_the_tables_is_an_error_with_a_remedy(subject, tmp_path):
+    class Vanishing(Pieces):
+        """Loses a piece once the cells are measured: looked at when opened, after the pilot, after the cells."""
+
+        looks = 0
+
+        def refresh(self) -> None:
+            self.looks += 1
+            if self.looks == 3:
+                sorted(tmp_path.glob("*.effects.*"))[0].unlink()
+            super().refresh()
+
     with pytest.raises(StorageError, match="run the same command"):
-        as_bytes(subject, done)
+        walk(subject, execution(Vanishing(tmp_path)))
 
 
 def test_stopped_run_keeps_the_cells_it_finished(subject, undisturbed, measured, tmp_path):
-    parts = Parts(tmp_path)
-    walking = execution(parts, stop=lambda: len(measured) >= 4)
-    assert run_pilot(subject, SPECS, walking)
-    assert not run_cells(subject, SPECS, pilot_of(subject, walking), walking)
+    pieces = Pieces(tmp_path)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        walk(subject, execution(pieces, stop=lambda: "SIGTERM" if len(measured) >= 4 else ""))
     assert len(measured) == 4
     # Other processes see it too, until the probe is started again.
-    assert execution(Parts(tmp_path)).stopping()
-    parts.clear()
-    assert walk(subject, execution(Parts(tmp_path))) == undisturbed
+    with pytest.raises(Stopped, match="another process"):
+        walk(subject, execution(Pieces(tmp_path)))
+    assert len(measured) == 4
+    pieces.remove_leftovers()
+    assert walk(subject, execution(Pieces(tmp_path))) == undisturbed
     assert len(measured) == TOTAL
+
+
+class Twin(Ranks):
+    """One of two processes, played by a thread that waits for the other one where processes agree."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier) -> None:
+        super().__init__()
+        self.rank, self.size, self._barrier = rank, 2, barrier
+
+    def agree(self, error=None) -> None:
+        self._barrier.wait(timeout=60)
+        super().agree(error)
 
 
 def test_shared_run_gives_the_tables_of_one_process(subject, undisturbed, measured, tmp_path):
-    ranks = []
-    for rank in range(2):
-        ranks.append(Ranks())
-        ranks[rank].rank, ranks[rank].size = rank, 2
-    walks = [execution(Parts(tmp_path), ranks=each) for each in ranks]
-    for phase in (run_pilot, lambda s, specs, w: run_cells(s, specs, pilot_of(s, w), w)):
-        for each in walks:
-            each.parts.refresh()
-            assert phase(subject, SPECS, each)
-        for each in walks:
-            each.parts.refresh()
+    barrier = threading.Barrier(2)
+    twins = [execution(Pieces(tmp_path), ranks=Twin(rank, barrier)) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda each: walk(subject, each), twins)) == [undisturbed] * 2
     assert len(measured) == TOTAL
-    assert as_bytes(subject, walks[0]) == undisturbed
 
 
-def test_cells_that_share_a_pass_give_the_same_effects(subject, undisturbed):
-    packed = execution(Parts(), cells_per_pass=3)
-    walk(subject, packed)
+def test_cells_that_share_a_pass_give_the_same_effects(subject):
     keys = ["cell", "split", "window"]
-    one, other = (
-        tables_of(subject, SPECS, each).effects.set_index(keys)[["dnll", "kl", "flips"]]
-        for each in (packed, _walked(subject))
+    packed, alone = (
+        walked(subject, execution(Pieces(), cells_per_pass=size)).effects.set_index(keys)[["dnll", "kl", "flips"]]
+        for size in (3, None)
     )
-    pd.testing.assert_frame_equal(one, other, check_exact=False, rtol=1e-3, atol=2e-6)
+    pd.testing.assert_frame_equal(packed, alone, check_exact=False, rtol=1e-3, atol=2e-6)
 
 
-def _walked(subject: Subject) -> Execution:
-    done = execution(Parts())
-    walk(subject, done)
-    return done
+STAGES = ({"pilot": range(5), "confirm": range(2)}, {"confirm": range(2, 4)}, {"confirm": range(4, 6)})
+
+
+def test_stages_measure_what_is_still_needed_and_resume(subject, measured, tmp_path):
+    whole = walked(subject, execution(Pieces())).effects
+    asked = []
+
+    def what_next(so_far: Measured) -> dict[str, list[str]]:
+        """Two cells after the first stage, nothing after the second."""
+        asked.append(so_far.effects.groupby("cell", sort=False)["window"].nunique().to_dict())
+        return {"attnres": [SPECS[0].id, SPECS[3].id]} if len(asked) % 2 else {}
+
+    def staged() -> Measured:
+        return walked(subject, execution(Pieces(tmp_path), stages=STAGES), what_next=what_next)
+
+    del measured[:]
+    tables = staged()
+    assert asked == [
+        {spec.id: 7 for spec in SPECS},
+        {spec.id: 9 if spec in (SPECS[0], SPECS[3]) else 7 for spec in SPECS},
+    ]
+    # Four batches of the first stage, one of the second, none of the third.
+    assert len(measured) == 4 * len(SPECS) + 2
+    keys = ["cell", "split", "window"]
+    subset = whole.set_index(keys).loc[pd.MultiIndex.from_frame(tables.effects[keys])]
+    pd.testing.assert_frame_equal(tables.effects.set_index(keys), subset, check_exact=True)
+    assert sorted(tables.clean["window"]) == sorted(WINDOWS["confirm"].window_ids[:4].tolist())
+    pd.testing.assert_frame_equal(staged().effects, tables.effects, check_exact=True)
+    assert len(measured) == 4 * len(SPECS) + 2
 
 
 def test_donors_are_other_documents_and_depend_on_the_window_alone():
@@ -195,44 +246,61 @@ def test_donors_are_other_documents_and_depend_on_the_window_alone():
 
 
 def test_what_a_text_or_a_model_makes_impossible_is_an_excluded_row(subject):
-    specs = [*SPECS, parse("matched:current@mlp.late")]
+    control = parse("matched:current@mlp.late")
     one = ProbeWindows(
         *(getattr(WINDOWS["pilot"], name)[:1] for name in ("input_ids", "labels", "window_ids", "document_ids"))
     )
-    walking = replace(execution(Parts()), windows={"pilot": one})
-    run_pilot(subject, specs, walking)
-    pilot = pilot_of(subject, walking)
-    pilot.mass["current", "mlp", "late"] = 0.625
-    table = eligibility_table(subject, specs, pilot, one).set_index("cell")
+    tables = walked(subject, Execution({"pilot": one}, 2), [*SPECS, control])
+    table = tables.eligibility.set_index("cell")
     assert "1 document(s)" in table.loc["resample@mlp.mid", "reason"]
     assert "1 document(s)" in table.loc["values:embedding@mlp.late", "reason"]
-    assert "holds 0.62 of the mass" in table.loc["matched:current@mlp.late", "reason"]
     assert table.loc["matched:embedding@mlp.late", "eligible"] and table.loc["mean@read4", "eligible"]
-    without = eligibility_table(subject, specs).set_index("cell")
+    assert set(tables.effects["cell"]) == set(table.index[table["eligible"]])
+    heavy = Pilot({}, {("current", "mlp", "late"): 0.625})
+    assert "holds 0.62 of the mass" in unavailable(control, subject.plan, heavy, one)
+    without = walked(subject, Execution({"confirm": one}, 2)).eligibility.set_index("cell")
     assert set(without.index[without["eligible"]]) == {"mask:embedding@mlp.late", "mask:current@attn.layer2"}
 
 
-def test_source_digest_sees_code_that_was_not_committed(tmp_path, monkeypatch):
-    for room in ("files", "probe"):
-        (tmp_path / room).mkdir()
-    for name in ("files/provenance.py", "probe/runner.py", "probe/notes.md"):
-        (tmp_path / name).write_text("1")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "files/provenance.py"))
-    before = provenance.source_digest()
-    (tmp_path / "probe/notes.md").write_text("2")
-    assert provenance.source_digest() == before
-    (tmp_path / "probe/runner.py").write_text("2")
-    assert provenance.source_digest() != before
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("report/words.py", True),
+        ("statistics/claims.py", True),
+        ("probe/README.md", True),
+        ("ops/reference.py", False),
+        ("probe/runner.py", False),
+        ("data/windows/windows.py", False),
+    ],
+)
+def test_pieces_depend_on_the_code_that_measures_committed_or_not(tmp_path, monkeypatch, name, same):
+    package = tmp_path / "attnres"
+    for file in ("files/provenance.py", name):
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text("1")
+    monkeypatch.setattr(provenance, "__file__", str(package / "files/provenance.py"))
+    key = lambda: pieces_folder(Path("probe"), GridConfig(), {"data": "abc"}, "cpu")  # noqa: E731
+    before = key()
+    (package / name).write_text("2")
+    assert (key() == before) == same
+
+
+def test_pieces_of_another_version_are_named_in_one_line(tmp_path, caplog):
+    Pieces(tmp_path / "other").remove_leftovers()
+    assert caplog.messages == []
+    Pieces(tmp_path / "mine").remove_leftovers()
+    (warning,) = caplog.messages
+    assert "pieces of another version or configuration are measured anew" in warning
 
 
 def test_second_probe_in_a_folder_is_refused(tmp_path):
     with (
         locked(tmp_path / LOCK, "taken"),
         pytest.raises(ConfigError, match="in use by another probe"),
-        _only_probe_in(tmp_path, Ranks()),
+        only_probe_in(tmp_path, Ranks()),
     ):
         pass
-    with _only_probe_in(tmp_path, Ranks()):
+    with only_probe_in(tmp_path, Ranks()):
         pass
 
 
@@ -259,7 +327,7 @@ def test_candidates_come_once_each_and_controls_stand_beside_the_motifs(subject)
         "mean@attn.late", "mean@mlp.late", "schedule:10@attn.late", "schedule:10@mlp.late",
         "matched:older@attn.late", "matched:older@mlp.late",
     ]  # fmt: skip
-    assert len(whole_grid(part, plan)) == 24 + 24 + 6 + 6 + 24
+    assert make_grid(part, {"attnres": plan}).whole == 24 + 24 + 6 + 6 + 24
     layers = GridConfig(places="layers", cells="mask:older@attn.layer3,mask:older@attn.layer3+mask:recent@mlp.layer3")
     assert len(candidates(layers, plan)) == 4 * 2 * 4 + 1
     assert len(candidates(GridConfig(places="reads", interventions="uniform"), plan)) == 9
@@ -267,7 +335,7 @@ def test_candidates_come_once_each_and_controls_stand_beside_the_motifs(subject)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("changes", "message"),
     [
         ({"interventions": "masc"}, "did you mean 'mask'"),
         ({"interventions": "scale"}, "expected kind"),
@@ -278,6 +346,6 @@ def test_candidates_come_once_each_and_controls_stand_beside_the_motifs(subject)
         ({"cells_per_pass": 0}, "probe.cells_per_pass"),
     ],
 )
-def test_grid_config_refuses(settings, told):
-    with pytest.raises(ConfigError, match=told):
-        GridConfig(**settings)
+def test_grid_config_refuses(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        GridConfig(**changes)

@@ -12,12 +12,15 @@ from attnres.data import ProbeWindows
 from attnres.depth.families import SUBLAYERS, family_indices, grid
 from attnres.depth.plan import CONVENTIONS
 from attnres.errors import NumericsError
+from attnres.interventions.grid import Grid
 from attnres.interventions.ids import Intervention, parse
 from attnres.probe import checks
 from attnres.probe.checks import check_subject, require_passed
 from attnres.probe.measure import Effects, measure_mass
-from attnres.probe.passes import Subject, run_clean, run_edited
-from attnres.probe.runner import eligibility_table, run_grid
+from attnres.probe.passes import run_clean, run_edited
+from attnres.probe.subjects import Subject
+from attnres.tables.columns import SLICE
+from tests.probe.in_memory import measure_cells
 
 SHAPE = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)  # fmt: skip
@@ -55,14 +58,14 @@ def cells(model: Qwen3AttnResForCausalLM) -> list[Intervention]:
 
 
 @torch.no_grad()
-def test_run_grid_does_not_depend_on_the_batch_size():
+def test_measure_does_not_depend_on_the_batch_size():
     model = attnres()
     subject, items = Subject("attnres", model), cells(model)[:4]
-    one, five = (run_grid(subject, items, {"confirm": windows()}, size, lambda done: None) for size in (1, 5))
-    keys = ["cell", "window"]
-    left, right = (t.effects.sort_values(keys).reset_index(drop=True) for t in (one, five))
-    pd.testing.assert_frame_equal(left, right, check_exact=False, rtol=1e-3, atol=1e-5)
-    assert list(one.mass.columns) == list(five.mass.columns)
+    one, five = (measure_cells(subject, items, {"confirm": windows()}, size) for size in (1, 5))
+    for name, keys in (("effects", ["cell", "window"]), ("mass", [*SLICE, "window"]), ("routing", ["read", "source"])):
+        left, right = (getattr(tables, name).sort_values(keys, ignore_index=True) for tables in (one, five))
+        assert len(left) and left.drop(columns=keys).select_dtypes("number").abs().max().max() > 1e-3
+        pd.testing.assert_frame_equal(left, right, check_exact=False, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
@@ -71,7 +74,7 @@ def test_noop_is_bitwise_the_clean_run_from_every_start():
     subject = Subject("attnres", model)
     noops = [Intervention("noop", None, s, b) for s in SUBLAYERS for b in ("early", "mid", "late")]
     noops += [Intervention("noop", None, None, f"read{j}") for j in range(13)]
-    table = run_grid(subject, noops, {"confirm": drawn}, 2, lambda done: None).effects
+    table = measure_cells(subject, noops, {"confirm": drawn}, 2, excluding=False).effects
     assert set(table["cell"]) == {item.id for item in noops}
     assert bool((table[["dnll", "kl", "flips"]] == 0).all(axis=None))
 
@@ -84,17 +87,17 @@ def test_mass_metrics_by_hand():
     trace = traces[9]
     weights = trace.log_weights.exp().double()
     sources = torch.stack([source.double() for source in trace.sources], -2)
-    parts = weights.unsqueeze(-1) * sources
-    h = parts.sum(-2)
-    found = measure_mass(trace, ("embedding", "older", "recent", "current"))
-    assert sum(m.norm_share for m in found.values()) == pytest.approx(torch.ones(5), abs=1e-5)
-    for family, measured in found.items():
+    shares = weights.unsqueeze(-1) * sources
+    h = shares.sum(-2)
+    masses = measure_mass(trace, ("embedding", "older", "recent", "current"))
+    assert sum(m.norm_share for m in masses.values()) == pytest.approx(torch.ones(5), abs=1e-5)
+    for family, measured in masses.items():
         members = list(family_indices(family, 4))
-        part = parts[..., members, :].sum(-2)
-        left = (h - part) / (1 - weights[..., members].sum(-1, keepdim=True))
+        share = shares[..., members, :].sum(-2)
+        left = (h - share) / (1 - weights[..., members].sum(-1, keepdim=True))
         norm, norm_left = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) for x in (h, left))
         assert measured.mass == pytest.approx(weights[..., members].sum(-1).mean(-1), abs=1e-6)
-        assert measured.norm_share == pytest.approx(((part * h).sum(-1) / h.square().sum(-1)).mean(-1), abs=1e-5)
+        assert measured.norm_share == pytest.approx(((share * h).sum(-1) / h.square().sum(-1)).mean(-1), abs=1e-5)
         wanted = (norm - norm_left).square().sum(-1).mean(-1) / 64
         assert measured.displacement == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
@@ -111,12 +114,12 @@ def test_edited_run_starts_from_the_clean_state_of_its_band():
     assert ran == [4, 5]
 
 
-def test_run_grid_stops_at_a_value_that_is_not_finite():
+def test_measure_stops_at_a_value_that_is_not_finite():
     model = attnres()
     with torch.no_grad():
         model.model.norm.weight[0] = torch.inf
     with pytest.raises(NumericsError, match=r"attnres: mask:embedding@attn.early"):
-        run_grid(Subject("attnres", model), cells(model)[:1], {"confirm": windows()}, 5, lambda done: None)
+        measure_cells(Subject("attnres", model), cells(model)[:1], {"confirm": windows()}, 5)
 
 
 def wrapped(schedule: str) -> tuple[Subject, Qwen3ForCausalLM]:
@@ -194,10 +197,10 @@ def test_recency_check_uses_the_bias_it_was_given():
         require_passed(check_subject(wrong, base, windows().input_ids, windows().labels))
 
 
-def test_eligibility_table_lists_all_candidates_with_reasons():
-    subject = Subject("attnres", attnres())
-    candidates = [Intervention("mask", c.family, c.sublayer, c.band) for c in grid(subject.plan)]
-    table = eligibility_table(subject, candidates)
-    assert list(table["cell"]) == [item.id for item in candidates] and len(table) == 24
+def test_grid_lists_all_candidates_with_reasons():
+    plan = attnres().model.plan
+    specs = [Intervention("mask", c.family, c.sublayer, c.band) for c in grid(plan)]
+    table = pd.DataFrame([candidate.row for candidate in Grid.of(specs, {"attnres": plan}).candidates])
+    assert list(table["cell"]) == [item.id for item in specs] and len(table) == 24
     assert set(table["intervention"]) == {"mask"}
     assert bool((table["eligible"] == (table["reason"] == "")).all())

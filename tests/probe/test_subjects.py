@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
+from attnres.commands.probe import probe
 from attnres.config import build
 from attnres.errors import AttnResError, ConfigError
-from attnres.probe import run as run_module
 from attnres.probe.config import ProbeConfig
 from attnres.probe.nulls import null_model, shuffle_queries
-from attnres.probe.run import probe
+from attnres.report import report
 from tests.training.training_runs import run, settings
 
 NAMES = ["attnres", "uniform", "same_base_frozen", "untrained", "shuffled_queries"]
@@ -113,17 +113,17 @@ def test_routing_of_an_untrained_model_is_uniform_and_of_a_shuffled_one_is_not_t
 
 def test_control_is_a_checkpoint_like_any_other(runs, data, monkeypatch):
     """Trained from a base, exported, loaded and probed against the vanilla run that it started from."""
-    monkeypatch.setattr(run_module, "write_report", lambda folder: folder / "report.html")
-    told = json.loads((probed(runs, data, "same_base_frozen") / "summary.json").read_text())
-    described = {model["name"]: model for model in told["models"]}
+    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")
+    summary = json.loads((probed(runs, data, "same_base_frozen") / "summary.json").read_text())
+    described = {model["name"]: model for model in summary["models"]}
     assert described["uniform"]["run"] == runs["vanilla"].name
     stored = json.loads((Path(described["attnres"]["path"]) / "config.json").read_text())
     assert stored["attnres_exact_uniform"] is True
-    assert all(check["passed"] for check in told["checks"])
+    assert all(check["passed"] for check in summary["checks"])
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"controls": {"uniform": "same_base_frozen"}}, r"the name 'uniform' .* is taken"),
         ({"controls": ["same_base_frozen", "same_base_frozen"]}, "is taken; give it another"),
@@ -132,14 +132,14 @@ def test_control_is_a_checkpoint_like_any_other(runs, data, monkeypatch):
         ({"probe": {"nulls": ["shufled_queries"]}}, "did you mean 'shuffled_queries'"),
     ],
 )
-def test_further_models_that_do_not_fit_are_refused(runs, data, changes, told):
+def test_further_models_that_do_not_fit_are_refused(runs, data, changes, message):
     def path(name: str) -> str:
         return str(runs.get(name, name))
 
     if given := changes.get("controls"):
         named = {k: path(v) for k, v in given.items()} if isinstance(given, dict) else [path(v) for v in given]
         changes = {"controls": named}
-    with pytest.raises(AttnResError, match=told):
+    with pytest.raises(AttnResError, match=message):
         probed(runs, data, "attnres", **changes)
 
 

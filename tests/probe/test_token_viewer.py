@@ -10,7 +10,7 @@ import torch
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM
 from attnres.data import ProbeWindows
 from attnres.depth.plan import CONVENTIONS
-from attnres.probe.passes import Subject
+from attnres.probe.subjects import Subject
 from attnres.probe.token_viewer import collect_viewer, write_viewer
 
 CORPUS = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Recomputing judged tables from what was measured, combining parts of a grid, and keeping a preregistration."""
+"""Recomputing judged tables from what was measured, and combining parts of a grid."""
 
 import json
 
@@ -7,7 +7,6 @@ import pytest
 
 from attnres.commands.rejudge import main
 from attnres.errors import ConfigError, DataError
-from attnres.probe.outputs import register
 from attnres.report.report import write_report
 from attnres.statistics.rejudge import combine, judge_anew, read_measured, recompute
 from tests.statistics.probed_tables import measured, write_folder
@@ -154,16 +153,3 @@ def test_recompute_command_asks_for_an_output(tmp_path, capsys):
     assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert main([str(tmp_path / "a")]) == 2
     assert "no probe folder" in capsys.readouterr().err
-
-
-def test_register_keeps_the_first_and_tells_of_an_amendment(tmp_path):
-    path = tmp_path / "preregistration.json"
-    assert register(path, {"written": "first", "cells": ["a"]})["written"] == "first"
-    before = path.read_bytes()
-    assert register(path, {"written": "later", "cells": ["a"]})["written"] == "first"
-    assert path.read_bytes() == before
-    amended = register(path, {"written": "later", "cells": ["a", "b"]})
-    assert amended["amends"]["written"] == "first" and amended["written"] == "later"
-    (kept,) = tmp_path.glob("preregistration-*.json")
-    assert kept.read_bytes() == before and kept.stem.endswith(amended["amends"]["sha256"][:8])
-    assert register(path, {"written": "last", "cells": ["a", "b"]}) == amended
