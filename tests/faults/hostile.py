@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from attnres.data.corpus.corpus import manifest_sha256
+from attnres.data.corpus.manifest import manifest_sha256
 from attnres.data.corpus.shards import digest
 from attnres.files.hashes import sha256_of
 from tests.faults.runner import Outcome
