@@ -8,50 +8,19 @@ import json
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from attnres.commands.door import parsed_command
 from attnres.config import build
 from attnres.data.config import DataConfig
-from attnres.data.corpus.build import prepare
-from attnres.data.corpus.corpus import Corpus
-from attnres.data.windows.datamodule import documents_in_step
+from attnres.data.preparation import prepare
+from attnres.data.windows.pieces import pieces_in_step
 from attnres.errors import ConfigError, DataError
-
-
-def spans(corpus: Corpus, config: DataConfig, step: int, global_batch_size: int) -> Iterator[dict[str, Any]]:
-    """The pieces of documents that an optimizer step reads, sample by sample.
-
-    Args:
-        corpus: Prepared corpus.
-        config: The run's data configuration.
-        step: Optimizer step, counting from 0.
-        global_batch_size: Windows in one optimizer step.
-
-    Yields:
-        `sample` (place in the global batch), `window` (its `sample_ids`), `document`, `name`, and, in tokens, `at` and
-        `tokens` (where in the window's inputs the piece begins, and how long it is) and `offset` (of its first token
-        in the document). A document that gives only the window's last target has 0 tokens.
-    """
-    length = config.sequence_length
-    for sample, (window, documents) in enumerate(documents_in_step(corpus, config, step, global_batch_size).items()):
-        first = window * length
-        for document, name in zip(documents, corpus.names_of(documents), strict=True):
-            start, end = int(corpus.starts[document]), int(corpus.starts[document] + corpus.lengths[document])
-            begin = max(start, first)
-            yield {
-                "sample": sample,
-                "window": window,
-                "document": document,
-                "name": name,
-                "at": begin - first,
-                "tokens": min(end, first + length) - begin,
-                "offset": begin - start,
-            }
+from attnres.files.whole_files import read_object
 
 
 def read_run(folder: Path) -> tuple[DataConfig, int, str | None]:
@@ -64,22 +33,22 @@ def read_run(folder: Path) -> tuple[DataConfig, int, str | None]:
         ConfigError: It is not one, or its name without the hash is not unique.
     """
     if not folder.is_dir():
-        found = sorted(folder.parent.glob(f"{folder.name}-*/config.yaml"))
-        if len(found) != 1:
-            raise ConfigError(f"--run: {len(found)} runs match {folder}; give one run folder")
-        folder = found[0].parent
+        matches = sorted(folder.parent.glob(f"{folder.name}-*/config.yaml"))
+        if len(matches) != 1:
+            raise ConfigError(f"--run: {len(matches)} runs match {folder}; give one run folder")
+        folder = matches[0].parent
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        config = build(DataConfig, settings["data"], "data")
-        size = int(settings["trainer"]["global_batch_size"])
-        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        plain = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = build(DataConfig, plain["data"], "data")
+        size = int(plain["trainer"]["global_batch_size"])
+        fingerprint = read_object(folder / "provenance.json").get("hashes", {}).get("data")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--run: {folder} is not a run folder ({error!r}); give one that train.py printed") from error
-    return config, size, provenance.get("hashes", {}).get("data")
+    return config, size, fingerprint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the spans of documents of a step, a line of JSON each; returns the exit code."""
+    """Prints the pieces of documents of a step, a line of JSON each; returns the exit code."""
     parser = ArgumentParser(
         prog="python -m attnres.commands.documents",
         description="Which documents an optimizer step of a run was made of.",
@@ -99,8 +68,8 @@ def _documents(given: Namespace) -> None:
             f"data: {given.run} was trained on other text ({fingerprint[:8]}) than is found now "
             f"({corpus.fingerprint[:8]}); ask where it was trained"
         )
-    for span in spans(corpus, config, given.step - 1, size):
-        sys.stdout.write(json.dumps(span) + "\n")
+    for piece in pieces_in_step(corpus, config, given.step - 1, size):
+        sys.stdout.write(json.dumps(asdict(piece)) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def make_config() -> Callable[..., DataConfig]:
     def make(folder: Path, texts: list[str], **changes: Any) -> DataConfig:
         path = folder / "documents.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        settings: dict[str, Any] = {
+        plain: dict[str, Any] = {
             "source": "files",
             "paths": (str(path),),
             "vocab_size": 300,
@@ -42,7 +42,7 @@ def make_config() -> Callable[..., DataConfig]:
             "validation": 0.15,
             "cache_dir": str(folder / "cache"),
         }
-        return DataConfig(**(settings | changes))
+        return DataConfig(**(plain | changes))
 
     return make
 

@@ -15,19 +15,19 @@ from attnres.errors import ConfigError
 def run(config, corpus, tmp_path):
     folder = tmp_path / "runs" / "tiny-0123abcd"
     folder.mkdir(parents=True)
-    settings = {"data": dataclasses.asdict(config), "trainer": {"global_batch_size": 6}}
-    settings["data"] |= {"paths": list(config.paths), "weights": []}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    plain = {"data": dataclasses.asdict(config), "trainer": {"global_batch_size": 6}}
+    plain["data"] |= {"paths": list(config.paths), "weights": []}
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain))
     (folder / "provenance.json").write_text(json.dumps({"hashes": {"data": corpus.fingerprint}}))
     return folder
 
 
 def test_documents_of_a_step_are_the_pieces_of_its_batch(run, corpus, config, capsys):
     assert documents.main(["--run", str(run), "--step", "4"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    (batch,) = TextDataModule(corpus, config, 6, 6, start_step=3, max_steps=4).train_dataloader()
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (batch,) = TextDataModule(corpus, config, 6, 6, steps=range(3, 4)).train_dataloader()
     for sample, (ids, window) in enumerate(zip(batch["input_ids"].tolist(), batch["sample_ids"].tolist(), strict=True)):
-        pieces = [piece for piece in found if piece["sample"] == sample]
+        pieces = [piece for piece in printed if piece["sample"] == sample]
         assert {piece["window"] for piece in pieces} == {window}
         rebuilt: list[int] = []
         for piece in pieces:
@@ -38,15 +38,15 @@ def test_documents_of_a_step_are_the_pieces_of_its_batch(run, corpus, config, ca
         assert rebuilt == ids
 
 
-def test_documents_takes_a_run_without_its_hash_and_tells_mistakes(run, capsys):
+def test_documents_takes_a_run_without_its_hash_and_names_mistakes(run, capsys):
     assert documents.main(["--run", str(run.with_name("tiny")), "--step", "1"]) == 0
-    for words, code, told in (
+    for words, code, message in (
         (["--run", str(run), "--step", "0"], 2, "--step: expected at least 1"),
         (["--run", "runs/nothing", "--step", "1"], 2, "0 runs match runs/nothing"),
         (["--run", str(run.parent), "--step", "1"], 2, "is not a run folder"),
     ):
         assert documents.main(words) == code
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (run / "provenance.json").write_text(json.dumps({"hashes": {"data": "0" * 64}}))
     assert documents.main(["--run", str(run), "--step", "1"]) == 3
     assert "was trained on other text" in capsys.readouterr().err
@@ -58,3 +58,17 @@ def test_read_run_refuses_an_ambiguous_name(run):
     (other / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match="2 runs match"):
         documents.read_run(run.with_name("tiny"))
+
+
+def test_documents_shows_no_control_characters_of_a_path(tmp_path, capsys):
+    assert documents.main(["--run", str(tmp_path / "no\x1b[31mwhere"), "--step", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert "no?[31mwhere" in errors and "\x1b" not in errors
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "config.yaml"])
+def test_documents_refuses_a_deeply_nested_file_in_one_line(run, capsys, name):
+    (run / name).write_text("[" * 100_000)
+    assert documents.main(["--run", str(run), "--step", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "is not a run folder" in errors

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attnres.data.corpus.corpus import manifest_sha256
+from attnres.data.corpus.manifest import manifest_sha256
 from attnres.data.corpus.shards import digest
 from tests.faults.hostile import (
     PROBE_WORDS,

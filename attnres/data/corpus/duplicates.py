@@ -1,14 +1,13 @@
-"""Near-duplicate documents, so that a split can keep them together.
+"""Signatures that near-duplicate documents share, so that a split can keep such documents together.
 
 A vendored copy or a slightly edited file that sits in two splits would let a model be tested on what it was
 trained on. Each document becomes a MinHash signature (Broder 1997) of its 32-byte windows; documents whose
-signatures share a band of rows are compared, and those that agree on enough rows are joined, transitively.
+signatures share a band of rows are compared, and those that agree on enough rows are joined, transitively
+(`attnres.data.corpus.grouping`).
 
 The hashing is numpy over whole documents, because per-shingle Python is several times slower than reading and
 tokenising the text. One signature takes 256 bytes.
 """
-
-from collections import defaultdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,40 +37,6 @@ def minhash_signature(text: str) -> NDArray[np.uint32]:
             np.multiply(chunk, multiplier, out=product)
             signature[row] = min(signature[row], product.min())
     return signature
-
-
-def group_near_duplicates(signatures: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Groups documents whose signatures nearly agree.
-
-    Args:
-        signatures: `[N, 64]`, a row of `minhash_signature` per document. Identical texts have identical rows.
-
-    Returns:
-        `[N]`: for each document the lowest document number of its group.
-    """
-    parent = np.arange(len(signatures))
-
-    def root(document: int) -> int:
-        while parent[document] != document:
-            parent[document] = parent[parent[document]]
-            document = parent[document]
-        return document
-
-    for band in np.split(signatures, BANDS, axis=1):
-        # A bucket keeps one document of each cluster that met in it: comparing with those is enough to join.
-        buckets: dict[bytes, list[int]] = defaultdict(list)
-        for document, row in enumerate(np.ascontiguousarray(band)):
-            met = buckets[row.tobytes()]
-            for other in met:
-                first, second = sorted((root(document), root(other)))
-                if first == second:
-                    break
-                if (signatures[document] == signatures[other]).sum() >= MIN_EQUAL_ROWS:
-                    parent[second] = first
-                    break
-            else:
-                met.append(document)
-    return np.array([root(document) for document in range(len(signatures))], np.int64)
 
 
 def _window_hashes(data: bytes) -> NDArray[np.uint32]:

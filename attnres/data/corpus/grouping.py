@@ -1,45 +1,25 @@
-"""Near-duplicates and splits of more documents than memory could hold the signatures of.
+"""Groups of near-duplicates among more documents than memory could hold the signatures of.
 
-The rule is that of `attnres.data.corpus.duplicates`: documents whose MinHash signatures share a band are compared, and
-joined if they nearly agree. Here signatures stay on disk, in the records of the chunks. Per band, the documents are
-sorted by the band's hash in portions of at most `PORTION`, and only where two meet are their signatures read.
+Documents whose MinHash signatures share a band are compared, and joined if they nearly agree. Signatures stay on disk,
+in the records of the chunks. Per band, the documents are sorted by the band's hash in portions of at most `PORTION`,
+and only where two meet are their signatures read.
 
-In memory: 4 bytes a document for its group and 1 for its split, a portion of 24 bytes an entry, and 100 bytes for each
-group of more than one document.
+In memory: 4 bytes a document for its group, and a portion of 24 bytes an entry.
 """
 
-import json
-import os
+from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from attnres.data.config import SPLITS
-from attnres.data.corpus.chunks import RECORD, chunk_name, read_records
+from attnres.data.corpus.chunks import Chunks
 from attnres.data.corpus.duplicates import BANDS, MIN_EQUAL_ROWS, SIGNATURE_ROWS
-from attnres.data.corpus.splits import split_of
-from attnres.errors import DataError
 
 # Entries (a document and one of its bands) that are sorted at once.
 PORTION = 4 * 1024**2
 # Of documents that share a band and are all different, so many are compared with the next one.
 MOST_COMPARED = 512
-
-DOCUMENTS_SCHEMA = pa.schema(
-    {
-        "name": pa.string(),
-        "split": pa.int8(),
-        "start": pa.int64(),
-        "tokens": pa.int64(),
-        "group": pa.int64(),
-        "content": pa.uint64(),
-    }
-)
-_SIGNATURE_AT = RECORD.fields["signature"][1]  # type: ignore[index]
 _ROWS_PER_BAND = SIGNATURE_ROWS // BANDS
 
 
@@ -70,51 +50,20 @@ class Groups:
         return parent
 
 
-class Signatures:
-    """Signatures on disk: chunk after chunk, one at a time or one band of all.
-
-    Args:
-        folder: Folder of the chunks.
-        counts: Documents of each chunk.
-    """
-
-    def __init__(self, folder: Path, counts: list[int]) -> None:
-        self._folder = folder
-        self._firsts = np.cumsum([0, *counts])
-
-    def __len__(self) -> int:
-        return int(self._firsts[-1])
-
-    def one(self, document: int) -> NDArray[np.uint32]:
-        """`[64]`: signature of one document."""
-        chunk = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        descriptor = os.open(self._folder / chunk_name(chunk) / "records", os.O_RDONLY)
-        try:
-            offset = (document - int(self._firsts[chunk])) * RECORD.itemsize + _SIGNATURE_AT
-            return np.frombuffer(os.pread(descriptor, SIGNATURE_ROWS * 4, offset), "<u4")
-        finally:
-            os.close(descriptor)
-
-    def bands(self, first: int, last: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-        """The first document of each chunk, and the hashes `[last - first, documents]` of some bands."""
-        for chunk, start in enumerate(self._firsts[:-1].tolist()):
-            rows = read_records(self._folder / chunk_name(chunk))["signature"]
-            bands = rows.reshape(len(rows), BANDS, _ROWS_PER_BAND)[:, first:last].astype(np.uint64)
-            hashes = np.zeros((last - first, len(rows)), np.uint64)
-            for row in range(_ROWS_PER_BAND):
-                hashes = _scramble(hashes ^ bands[:, :, row].T)
-            yield start, hashes
-
-
-def group_on_disk(signatures: Signatures, portion: int = PORTION) -> NDArray[np.integer]:
+def group_near_duplicates(chunks: Chunks, bounded: bool = True, portion: int = PORTION) -> NDArray[np.integer]:
     """`[N]`: for each document the lowest document of its group of near-duplicates.
 
     Args:
-        signatures: Of all documents.
+        chunks: With signatures of all documents.
+        bounded: Take the documents of a band by its hash, and compare each with at most `MOST_COMPARED`. Otherwise take
+            them in their order, whatever memory that takes. The groups are the same but for rare chains of documents
+            that each nearly agree with the next one.
         portion: Most entries that are sorted at once.
     """
-    count = len(signatures)
+    count = chunks.firsts[-1]
     groups = Groups(count)
+    if not bounded:
+        portion = max(1, count)
     at_once = max(1, min(BANDS, portion // max(1, count)))
     shares = -(-count // portion) if count else 0
     for first in range(0, BANDS, at_once):
@@ -123,123 +72,59 @@ def group_on_disk(signatures: Signatures, portion: int = PORTION) -> NDArray[np.
         for share in range(shares):
             keys: list[list[NDArray[np.uint64]]] = [[] for _ in range(first, last)]
             ids: list[list[NDArray[np.int64]]] = [[] for _ in range(first, last)]
-            for start, hashes in signatures.bands(first, last):
+            for start, hashes in _bands(chunks, first, last):
                 for band, row in enumerate(hashes):
                     mine = np.flatnonzero(row % np.uint64(shares) == share)
                     keys[band].append(row[mine])
                     ids[band].append(mine + start)
             for band in range(last - first):
-                _join_band(groups, signatures, np.concatenate(keys[band]), np.concatenate(ids[band]))
+                _join_band(groups, chunks, np.concatenate(keys[band]), np.concatenate(ids[band]), bounded)
                 keys[band], ids[band] = [], []
     return groups.all()
 
 
-def _join_band(groups: Groups, signatures: Signatures, keys: NDArray[np.uint64], ids: NDArray[np.int64]) -> None:
+def _bands(chunks: Chunks, first: int, last: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """The first document of each chunk, and the hashes `[last - first, documents]` of some bands."""
+    for number, start in enumerate(chunks.firsts[:-1]):
+        rows = chunks.records(number)["signature"]
+        bands = rows.reshape(len(rows), BANDS, _ROWS_PER_BAND)[:, first:last].astype(np.uint64)
+        hashes = np.zeros((last - first, len(rows)), np.uint64)
+        for row in range(_ROWS_PER_BAND):
+            hashes = _scramble(hashes ^ bands[:, :, row].T)
+        yield start, hashes
+
+
+def _join_band(groups: Groups, chunks: Chunks, keys: NDArray[np.uint64], ids: NDArray[np.int64], bounded: bool) -> None:
+    """Joins documents that share a key and nearly agree."""
     order = np.argsort(keys, kind="stable")
     keys, ids = keys[order], ids[order]
     edges = np.flatnonzero(np.diff(keys)) + 1
-    starts, ends = np.append(0, edges), np.append(edges, len(keys))
-    for run in np.flatnonzero(ends - starts > 1):
-        met: dict[int, NDArray[np.uint32]] = {}
-        for document in ids[starts[run] : ends[run]].tolist():
-            signature = None
-            for other, known in met.items():
-                if groups.root(document) == groups.root(other):
-                    break
-                signature = signatures.one(document) if signature is None else signature
-                if (signature == known).sum() >= MIN_EQUAL_ROWS:
-                    groups.join(document, other)
-                    break
-            else:
-                if len(met) < MOST_COMPARED:
-                    met[document] = signatures.one(document) if signature is None else signature
+    runs = np.repeat(np.arange(len(edges) + 1), np.diff([0, *edges, len(keys)]))
+    shared = np.flatnonzero(np.bincount(runs, minlength=1)[runs] > 1)
+    runs, ids = runs[shared], ids[shared]
+    if not bounded:
+        order = np.argsort(ids, kind="stable")
+        runs, ids = runs[order], ids[order]
+    # The documents of each run that the next one is compared with.
+    met: defaultdict[int, dict[int, NDArray[np.uint32]]] = defaultdict(dict)
+    for run, document in zip(runs.tolist(), ids.tolist(), strict=True):
+        if bounded and run not in met:
+            met.clear()
+        _meet(groups, chunks, document, met[run], MOST_COMPARED if bounded else None)
 
 
-def write_documents(
-    path: Path, chunks: Path, counts: list[int], groups: NDArray[np.integer], seed: int, held_out: tuple[float, ...],
-    excluded: NDArray[np.uint64],
-) -> NDArray[np.int8]:  # fmt: skip
-    """Writes the table of documents, chunk by chunk.
-
-    Args:
-        path: File to write, whole or not at all.
-        chunks: Folder of the chunks.
-        counts: Documents of each chunk.
-        groups: `[N]`, the lowest document of each document's group.
-        seed: Decides the split of each group.
-        held_out: Fractions of the splits that are not trained on.
-        excluded: Sorted content keys of documents to leave out.
-
-    Returns:
-        `[N]`: index into `SPLITS` of each document, -1 for one that is left out.
-
-    Raises:
-        DataError: A split would be empty.
-    """
-    firsts = np.cumsum([0, *counts])
-    alone = np.bincount(groups, minlength=len(groups)) == 1 if len(groups) else np.empty(0, bool)
-    splits = np.full(len(groups), -1, np.int8)
-    smallest: dict[int, bytes] = {}
-    for chunk, first in enumerate(firsts[:-1].tolist()):
-        records = read_records(chunks / chunk_name(chunk))
-        for index in np.flatnonzero(~alone[groups[first : first + len(records)]]).tolist():
-            group, key = int(groups[first + index]), records["sha256"][index].tobytes()
-            smallest[group] = min(key, smallest.get(group, key))
-    decided = {group: split_of(seed, held_out, key) for group, key in smallest.items()}
-    del smallest
-    for chunk, first in enumerate(firsts[:-1].tolist()):
-        records = read_records(chunks / chunk_name(chunk))
-        for index in np.flatnonzero(~np.isin(records["content"], excluded)).tolist():
-            group = int(groups[first + index])
-            known = decided.get(group)
-            splits[first + index] = (
-                split_of(seed, held_out, records["sha256"][index].tobytes()) if known is None else known
-            )
-    kept = splits >= 0
-    for index, name in enumerate(SPLITS):
-        if not (splits == index).any():
-            raise DataError(
-                f"none of {int(kept.sum())} documents fell into split {name}; give more text, raise "
-                f"--{name.replace('_', '-')}, or change --seed"
-            )
-    _write_table(path, chunks, firsts, groups, splits)
-    return splits
-
-
-def _write_table(
-    path: Path, chunks: Path, firsts: NDArray[np.int64], groups: NDArray[np.integer], splits: NDArray[np.int8]
-) -> None:
-    kept = splits >= 0
-    names_of_groups = None
-    if not kept.all():
-        # Ids count the documents that are kept; a group is named by the lowest of its kept ones.
-        new_ids = np.cumsum(kept) - 1
-        names_of_groups = np.full(len(groups), -1, np.int64)
-        ids = np.flatnonzero(kept)[::-1]
-        names_of_groups[groups[ids]] = new_ids[ids]
-    ends = [0] * len(SPLITS)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with pq.ParquetWriter(temporary, DOCUMENTS_SCHEMA) as writer:
-        for chunk, (first, last) in enumerate(zip(firsts[:-1].tolist(), firsts[1:].tolist(), strict=True)):
-            folder = chunks / chunk_name(chunk)
-            records, split, mine = read_records(folder), splits[first:last], kept[first:last]
-            starts = np.zeros(len(records), np.int64)
-            for index in range(len(SPLITS)):
-                lengths = records["tokens"][split == index]
-                starts[split == index] = ends[index] + np.cumsum(lengths) - lengths
-                ends[index] += int(lengths.sum())
-            group = groups[first:last].astype(np.int64)
-            names = np.array(json.loads((folder / "names.json").read_text(encoding="utf-8")), object)
-            columns = {
-                "name": names[mine],
-                "split": split[mine],
-                "start": starts[mine],
-                "tokens": records["tokens"][mine],
-                "group": (group if names_of_groups is None else names_of_groups[group])[mine],
-                "content": records["content"][mine],
-            }
-            writer.write_table(pa.table(columns, schema=DOCUMENTS_SCHEMA))
-    os.replace(temporary, path)
+def _meet(groups: Groups, chunks: Chunks, document: int, met: dict[int, NDArray[np.uint32]], most: int | None) -> None:
+    """Joins a document with the first of `met` that it nearly agrees with, or adds it to them."""
+    signature = None
+    for other, known in met.items():
+        if groups.root(document) == groups.root(other):
+            return
+        signature = chunks.signature(document) if signature is None else signature
+        if (signature == known).sum() >= MIN_EQUAL_ROWS:
+            groups.join(document, other)
+            return
+    if most is None or len(met) < most:
+        met[document] = chunks.signature(document) if signature is None else signature
 
 
 def _scramble(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:

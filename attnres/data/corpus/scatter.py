@@ -1,9 +1,9 @@
 """From chunks to shards: one pass, in order, that can be killed anywhere and goes on from its last synced place."""
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnres.data.config import SPLITS
-from attnres.data.corpus.chunks import chunk_name, read_records, read_tokens
+from attnres.data.corpus.chunks import Chunks, damaged, read_own
 from attnres.data.corpus.shards import BLOCK_BYTES, Digest, sync_and_close
+from attnres.files.whole_files import write_text
+
+logger = logging.getLogger(__name__)
 
 # Chunks between two synced places; they are deleted when their tokens are on disk in shards.
 SYNC_CHUNKS = 32
-_STATE = "scatter.json"
+STATE = "scatter.json"
 
 
 class RollingShards:
@@ -26,12 +29,12 @@ class RollingShards:
         folder: Where they are.
         split: Name of the split.
         dtype: Of an id.
-        shard_tokens: Most tokens of a shard.
+        shard_tokens: Most tokens of a shard; None puts all of them into `<split>.tokens`.
         state: What `sync` returned last; the file is cut back to it.
     """
 
     def __init__(
-        self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None
+        self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None, state: dict[str, Any] | None
     ) -> None:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self.finished: dict[str, dict[str, Any]] = dict(state["finished"]) if state else {}
@@ -43,11 +46,11 @@ class RollingShards:
             if self._tokens == self._shard_tokens:
                 self._finish()
                 self._open(0)
-            part = ids[: self._shard_tokens - self._tokens].tobytes()
-            self._file.write(part)
-            self._digest.update(part)
-            self._tokens += len(part) // self._dtype.itemsize
-            ids = ids[len(part) // self._dtype.itemsize :]
+            room = len(ids) if self._shard_tokens is None else self._shard_tokens - self._tokens
+            written, ids = ids[:room], ids[room:]
+            self._file.write(written.tobytes())
+            self._digest.update(written.tobytes())
+            self._tokens += len(written)
 
     def sync(self) -> dict[str, Any]:
         """Brings everything to the disk; returns the place to go on from."""
@@ -60,13 +63,9 @@ class RollingShards:
         self._finish()
         return self.finished
 
-    @property
-    def tokens(self) -> int:
-        """Ids written so far, in all shards."""
-        return sum(entry["bytes"] for entry in self.finished.values()) // self._dtype.itemsize + self._tokens
-
     def _open(self, tokens: int) -> None:
-        self._path = self._folder / f"{self._split}-{len(self.finished):05d}.tokens"
+        name = f"{self._split}-{len(self.finished):05d}" if self._shard_tokens else self._split
+        self._path = self._folder / f"{name}.tokens"
         self._digest, self._tokens = Digest(), tokens
         self._file = self._path.open("r+b" if tokens else "wb")
         if tokens:
@@ -81,55 +80,56 @@ class RollingShards:
 
 
 def scatter(
-    folder: Path,
-    chunks: Path,
-    counts: list[int],
-    splits: NDArray[np.int8],
-    dtype: np.dtype,
-    shard_tokens: int,
-    progress: Callable[[int], None],
+    folder: Path, chunks: Chunks, splits: NDArray[np.int8], dtype: np.dtype, shard_tokens: int | None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Writes the shards of every split and deletes the chunks.
 
     Args:
         folder: Where the shards go.
-        chunks: Folder of the chunks.
-        counts: Documents of each chunk.
+        chunks: The ids.
         splits: `[N]`: index into `SPLITS` of each document, -1 for one that is left out.
         dtype: Of an id.
-        shard_tokens: Most tokens of a shard.
-        progress: Told the number of chunks done.
+        shard_tokens: See `RollingShards`.
 
     Returns:
         For each split its shards' digests by name.
+
+    Raises:
+        DataError: A chunk or the synced place is damaged.
     """
-    firsts = np.cumsum([0, *counts])
-    state: dict[str, Any] = {"chunk": 0}
-    if (folder / _STATE).is_file():
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    shards = [RollingShards(folder, split, dtype, shard_tokens, state.get(split)) for split in SPLITS]
-    done = deleted = state["chunk"]
-    for number in range(done, len(counts)):
-        path = chunks / chunk_name(number)
-        tokens, lengths = read_tokens(path, dtype), read_records(path)["tokens"]
-        owner = np.repeat(splits[firsts[number] : firsts[number + 1]], lengths)
+    state = _read_state(folder, len(chunks))
+    try:
+        shards = [RollingShards(folder, split, dtype, shard_tokens, state.get(split)) for split in SPLITS]
+    except FileNotFoundError as error:
+        raise damaged(folder / STATE, folder) from error
+    deleted = state["chunk"]
+    for number in range(deleted, len(chunks)):
+        tokens, lengths = chunks.tokens(number, dtype), chunks.records(number)["tokens"]
+        owner = np.repeat(splits[slice(*chunks.firsts[number : number + 2])], lengths)
         for index, split in enumerate(shards):
             split.append(tokens[owner == index])
         done = number + 1
-        if done % SYNC_CHUNKS == 0 or done == len(counts):
+        if done % SYNC_CHUNKS == 0 or done == len(chunks):
             places = {split: writer.sync() for split, writer in zip(SPLITS, shards, strict=True)}
-            write_atomically(folder / _STATE, json.dumps({"chunk": done} | places))
+            write_text(folder / STATE, json.dumps({"chunk": done} | places))
             for old in range(deleted, done):
-                shutil.rmtree(chunks / chunk_name(old), ignore_errors=True)
+                shutil.rmtree(chunks.path(old), ignore_errors=True)
             deleted = done
-            progress(done)
+            if shard_tokens is not None:
+                logger.info("shards: %d of %d chunks", done, len(chunks))
     return {split: writer.close() for split, writer in zip(SPLITS, shards, strict=True)}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    file = temporary.open("w", encoding="utf-8")
-    file.write(text)
-    sync_and_close(file)
-    os.replace(temporary, path)
+def _read_state(folder: Path, chunks: int) -> dict[str, Any]:
+    """Where to go on: the next chunk, and what `RollingShards.sync` gave for each split."""
+    path = folder / STATE
+    if not path.is_file():
+        return {"chunk": 0}
+    state = read_own(path, folder, {"chunk": int} | dict.fromkeys(SPLITS, dict))
+    for split in SPLITS:
+        place = state[split]
+        if not (isinstance(place.get("finished"), dict) and isinstance(place.get("tokens"), int)):
+            raise damaged(path, folder)
+    if not 0 <= state["chunk"] <= chunks:
+        raise damaged(path, folder)
+    return state

@@ -24,25 +24,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 2**16 else "<u4")
 
 
-class ShardWriter:
-    """Appends documents to one split's token file."""
-
-    def __init__(self, path: Path, dtype: np.dtype, eos_id: int) -> None:
-        self._file = path.open("xb")
-        self._dtype = dtype
-        self._eos_id = eos_id
-        self.tokens = 0
-
-    def append(self, ids: list[int]) -> int:
-        """Writes a document and its end-of-text id; returns how many tokens that was."""
-        self._file.write(np.array([*ids, self._eos_id], self._dtype).tobytes())
-        self.tokens += len(ids) + 1
-        return len(ids) + 1
-
-    def close(self) -> None:
-        """Closes the file once its bytes are on disk."""
-        if not self._file.closed:
-            sync_and_close(self._file)
+def content_key(tokens: NDArray[np.unsignedinteger]) -> int:
+    """The first 8 bytes of the sha256 of a document's ids, as a number."""
+    return int.from_bytes(hashlib.sha256(tokens.tobytes()).digest()[:8], "little")
 
 
 def sync_and_close(file: Any) -> None:
@@ -71,24 +55,24 @@ class ShardedTokens:
         """Ids at `key`: a slice of step 1, or an array of positions of any shape, which is the result's shape."""
         if isinstance(key, slice):
             return self._run(*key.indices(len(self)))
-        found = np.empty(key.shape, self.dtype)
+        ids = np.empty(key.shape, self.dtype)
         owner = np.searchsorted(self._ends, key, side="right")
         for index in np.unique(owner):
             shard, mine = self._shards[index], owner == index
-            found[mine] = shard[key[mine] - (self._ends[index] - len(shard))]
-        return found
+            ids[mine] = shard[key[mine] - (self._ends[index] - len(shard))]
+        return ids
 
     def _run(self, start: int, stop: int, step: int) -> NDArray[np.unsignedinteger]:
         if step != 1:
             raise ValueError(f"token slice: expected step 1, got {step}")
-        parts = []
+        pieces = []
         for index in range(int(np.searchsorted(self._ends, start, side="right")), len(self._shards)):
             shard = self._shards[index]
             first = int(self._ends[index]) - len(shard)
             if first >= stop:
                 break
-            parts.append(shard[max(0, start - first) : stop - first])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
+            pieces.append(shard[max(0, start - first) : stop - first])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
 
 def open_tokens(paths: Sequence[Path], dtype: np.dtype) -> NDArray[np.unsignedinteger] | ShardedTokens:
@@ -114,10 +98,10 @@ class Digest:
         while view:
             if self._size and self._size % BLOCK_BYTES == 0:
                 self._crc32.append(0)
-            part = view[: BLOCK_BYTES - self._size % BLOCK_BYTES]
-            self._crc32[-1] = zlib.crc32(part, self._crc32[-1])
-            self._size += len(part)
-            view = view[len(part) :]
+            piece = view[: BLOCK_BYTES - self._size % BLOCK_BYTES]
+            self._crc32[-1] = zlib.crc32(piece, self._crc32[-1])
+            self._size += len(piece)
+            view = view[len(piece) :]
 
     def result(self) -> dict[str, Any]:
         """What the manifest stores."""
@@ -127,11 +111,11 @@ class Digest:
 
 def digest(path: Path) -> dict[str, Any]:
     """Size, sha256 and the CRC-32 of each block of a file, as the manifest stores them."""
-    found = Digest()
+    whole = Digest()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
-            found.update(block)
-    return found.result()
+            whole.update(block)
+    return whole.result()
 
 
 def check_file(path: Path, expected: Mapping[str, Any], contents: bool, remedy: str) -> None:
@@ -153,9 +137,9 @@ def check_file(path: Path, expected: Mapping[str, Any], contents: bool, remedy: 
         raise DataError(f"data shard {path} ends at byte {size}, expected {expected['bytes']}; {remedy}")
     if not contents:
         return
-    found = digest(path)
-    if found["sha256"] != expected["sha256"]:
-        pairs = zip(found["crc32_of_4MiB_blocks"], expected["crc32_of_4MiB_blocks"], strict=True)
-        start = next((i for i, (now, then) in enumerate(pairs) if now != then), 0) * BLOCK_BYTES
+    now = digest(path)
+    if now["sha256"] != expected["sha256"]:
+        pairs = zip(now["crc32_of_4MiB_blocks"], expected["crc32_of_4MiB_blocks"], strict=True)
+        start = next((i for i, (new, old) in enumerate(pairs) if new != old), 0) * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, size)
         raise DataError(f"data shard {path} is damaged between bytes {start} and {end}; {remedy}")

@@ -12,13 +12,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from attnres.data.corpus.shards import check_file
+from attnres.files.whole_files import locked, read_object, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -59,53 +58,46 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: s
 
 def _read_all(folder: Path, files: Mapping[str, Mapping[str, Any]], total: int, remedy: str) -> None:
     logger.info("verifying %s: %.1f GB; later runs only look whether a file was changed", folder, total / 1e9)
-    done, told = 0, time.monotonic()
+    done, logged = 0, time.monotonic()
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         checks = [threads.submit(check_file, folder / name, entry, True, remedy) for name, entry in files.items()]
         try:
             for check, entry in zip(checks, files.values(), strict=True):
                 check.result()
                 done += entry["bytes"]
-                if time.monotonic() - told > _PROGRESS_SECONDS:
-                    told = time.monotonic()
+                if time.monotonic() - logged > _PROGRESS_SECONDS:
+                    logged = time.monotonic()
                     logger.info("verifying %s: %.1f of %.1f GB", folder, done / 1e9, total / 1e9)
         finally:
             threads.shutdown(cancel_futures=True)
 
 
 def _stamp(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    found = {}
+    stamp: dict[str, list[Any]] = {}
     for name, entry in files.items():
         stat = (folder / name).stat()
-        found[name] = [entry["sha256"], stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    return found
+        stamp[name] = [entry["sha256"], stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    return stamp
 
 
-def _read_stamp(folder: Path) -> Any:
+def _read_stamp(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        return read_object(folder / STAMP)
     except (OSError, ValueError):
         return None
 
 
 def _write_stamp(folder: Path, stamp: dict[str, list[Any]]) -> None:
-    temporary = folder / f".{STAMP}.{os.getpid()}"
     try:
-        temporary.write_text(json.dumps(stamp), encoding="utf-8")
-        os.replace(temporary, folder / STAMP)
+        write_text(folder / STAMP, json.dumps(stamp))
     except OSError as error:
         logger.warning("%s: %s; every run will read the whole corpus again", folder, error.strerror)
 
 
 @contextmanager
 def _one_reader(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / f".{STAMP}.lock")
-    try:
-        lock.acquire()
-    except OSError:  # a folder that cannot be written
+    with ExitStack() as stack:
+        # In a folder that cannot be written, each reads for itself.
+        with suppress(OSError):
+            stack.enter_context(locked(folder / f".{STAMP}.lock", busy="", timeout=-1))
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()

@@ -53,17 +53,17 @@ def list_files(config: DataConfig) -> list[SourceFile]:
         DataError: A path does not exist, has a format that is not read, or nothing was found.
     """
     if config.source == "pystdlib":
-        found = _walk(Path(sysconfig.get_path("stdlib")), PYTHON_SUFFIXES)
+        files = _walk(Path(sysconfig.get_path("stdlib")), PYTHON_SUFFIXES)
     elif config.source == "pyenv":
         # purelib and platlib are one folder on most systems.
         roots = sorted({os.path.realpath(sysconfig.get_path(key)) for key in ("purelib", "platlib")})
-        found = [file for root in roots for file in _walk(Path(root), PACKAGE_SUFFIXES)]
+        files = [file for root in roots for file in _walk(Path(root), PACKAGE_SUFFIXES)]
     else:
-        found = [file for path in config.paths for file in _expand(path, config.obtain)]
-        found = list({os.path.realpath(file.path): file for file in found}.values())
-    if not found:
+        files = [file for path in config.paths for file in _expand(path, config.obtain)]
+        files = list({os.path.realpath(file.path): file for file in files}.values())
+    if not files:
         raise DataError(f"data.source={config.source}: no readable file found; point data.source elsewhere")
-    return found
+    return files
 
 
 def listing(config: DataConfig) -> list[tuple[str, int, int]]:
@@ -78,26 +78,9 @@ def listing(config: DataConfig) -> list[tuple[str, int, int]]:
     return entries
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
-    """Yields the documents of `config` that hold any text, in a fixed order, up to `max_bytes`.
-
-    Raises:
-        DataError: A file is missing or cannot be read as what its name says it is.
-    """
-    total = 0
-    for file in list_files(config):
-        for _, document in read_file(file, config.text_column, strict=config.source == "files"):
-            if not document.text.strip():
-                continue
-            total += len(document.text.encode())
-            if config.max_bytes is not None and total > config.max_bytes:
-                return
-            yield document
-
-
 def _walk(root: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
     """Files below `root` with one of `suffixes`, sorted, without tests and without what pip wrote itself."""
-    found = []
+    files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
             name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.endswith(_SKIPPED_ENDINGS)
@@ -108,18 +91,18 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
             # os.path, not pathlib: this runs at each start, over tens of thousands of files.
             path = os.path.join(folder, name)
             if name.endswith(suffixes) and not name.startswith(_SKIPPED_PREFIX) and os.path.isfile(path):
-                found.append(SourceFile(Path(path), prefix + name))
-    return sorted(found, key=lambda file: file.name)
+                files.append(SourceFile(Path(path), prefix + name))
+    return sorted(files, key=lambda file: file.name)
 
 
 def _expand(pattern: str, obtain: str | None) -> list[SourceFile]:
     """The files that one entry of `data.paths` (a file, a folder or a glob) stands for."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in FILE_SUFFIXES and p.is_file())
-        if not found:
+        files = sorted(p for p in path.rglob("*") if p.suffix in FILE_SUFFIXES and p.is_file())
+        if not files:
             raise DataError(f"data.paths: no {', '.join(FILE_SUFFIXES)} file in folder {path}; name another")
-        return [SourceFile(p, p.relative_to(path).as_posix()) for p in found]
+        return [SourceFile(p, p.relative_to(path).as_posix()) for p in files]
     matches = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     matches = [match for match in matches if match.is_file()]
     if not matches:

@@ -36,35 +36,31 @@ class Stream(ABC):
 
 @dataclass(frozen=True)
 class FileStream(Stream):
-    """`.txt` (a document per file), `.jsonl` and `.parquet` (a document per row), in the order of `paths`.
+    """Files: `.txt` and installed sources are a document each, `.jsonl` and `.parquet` a document per row.
 
     Attributes:
-        paths: Files, folders or globs.
-        column: Field of a row that holds the text.
+        config: Names the files; its order is that of the documents.
     """
 
-    paths: tuple[str, ...]
-    column: str = "text"
+    config: DataConfig
 
     def identity(self) -> dict[str, Any]:
         """Paths, and name, size and modification time of every file."""
-        return {"paths": list(self.paths), "column": self.column, "files": [list(row) for row in listing(self._config)]}
+        files = [list(row) for row in listing(self.config)]
+        return {"paths": list(self.config.paths), "column": self.config.text_column, "files": files}
 
     def read(self, state: Any) -> Iterator[tuple[Document, Any]]:
         """A state is [file, number of the last document read in it]."""
         start, after = state or (0, 0)
-        for index, file in enumerate(list_files(self._config)[start:], start=start):
-            for number, document in read_file(file, self.column, after=after if index == start else 0):
+        strict = self.config.source == "files"
+        for index, file in enumerate(list_files(self.config)[start:], start=start):
+            for number, document in read_file(file, self.config.text_column, strict, after if index == start else 0):
                 yield document, [index, number]
 
     @property
     def bytes(self) -> int:
         """Size of the files."""
-        return sum(size for _, size, _ in listing(self._config))
-
-    @property
-    def _config(self) -> DataConfig:
-        return DataConfig(source="files", paths=self.paths, text_column=self.column)
+        return sum(size for _, size, _ in listing(self.config))
 
 
 @dataclass(frozen=True)

@@ -85,40 +85,45 @@ def end_of_text_id(tokenizer: Tokenizer, file: Path) -> int:
         DataError: The tokenizer has neither.
     """
     names: list[object] = [EOS_TOKEN]
-    settings = file.with_name("tokenizer_config.json")
-    if settings.is_file():
+    beside = file.with_name("tokenizer_config.json")
+    if beside.is_file():
         try:
-            named = read_object(settings).get("eos_token")
+            named = read_object(beside).get("eos_token")
         except (OSError, ValueError) as error:
-            raise DataError(f"{settings}: unreadable ({error}); restore it or leave it out") from error
+            raise DataError(f"{beside}: unreadable ({error}); restore it or leave it out") from error
         names.append(named.get("content") if isinstance(named, dict) else named)
     for name in names:
         if isinstance(name, str) and (token := tokenizer.token_to_id(name)) is not None:
             return token
-    raise DataError(f"{file}: no {EOS_TOKEN} token, nor an eos_token in {settings.name} beside it; add one")
+    raise DataError(f"{file}: no {EOS_TOKEN} token, nor an eos_token in {beside.name} beside it; add one")
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str], whole: bool = False) -> list[NDArray[np.uint32]]:
     """Ids `[tokens]` of each text, in bounded memory: the library needs 300 bytes per token while it encodes.
 
     Texts of more than `PIECE_CHARACTERS` are encoded in pieces. A piece ends where a new word begins and where encoding
     both sides apart gives what encoding them together gives, which is checked there: the ids are those of the whole
     text. Only where a run of `LONGEST_PIECE` characters has no such place is it cut regardless; the ids then differ at
     that place, and still decode to the text.
+
+    Args:
+        tokenizer: Encodes.
+        texts: Texts of any length.
+        whole: Encode a long text at once, whatever memory that takes.
     """
-    found: list[NDArray[np.uint32]] = []
+    ids: list[NDArray[np.uint32]] = []
     batch: list[str] = []
     for text in texts:
         if len(text) <= PIECE_CHARACTERS and sum(map(len, batch)) + len(text) <= PIECE_CHARACTERS:
             batch.append(text)
             continue
-        found += _encode_batch(tokenizer, batch)
+        ids += _encode_batch(tokenizer, batch)
         batch = []
-        if len(text) <= PIECE_CHARACTERS:
+        if whole or len(text) <= PIECE_CHARACTERS:
             batch.append(text)
         else:
-            found.append(np.concatenate([_encode_batch(tokenizer, [piece])[0] for piece in _pieces(tokenizer, text)]))
-    return found + _encode_batch(tokenizer, batch)
+            ids.append(np.concatenate([_encode_batch(tokenizer, [piece])[0] for piece in _pieces(tokenizer, text)]))
+    return ids + _encode_batch(tokenizer, batch)
 
 
 def _encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.uint32]]:

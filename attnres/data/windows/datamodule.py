@@ -8,9 +8,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from attnres.data.config import DataConfig
-from attnres.data.corpus.corpus import Corpus
-from attnres.data.windows.mixing import Mix, Mixture
-from attnres.data.windows.sampler import BatchSampler, accumulation_steps, global_batch
+from attnres.data.corpus.folder import Corpus
+from attnres.data.windows.mixing import mix_of
+from attnres.data.windows.sampler import BatchSampler, Order, accumulation_steps
 from attnres.data.windows.windows import WindowDataset
 from attnres.errors import ConfigError
 
@@ -21,8 +21,7 @@ class TextDataModule(LightningDataModule):
     """Windows of a corpus' train and validation splits.
 
     Under a trainer (with `use_distributed_sampler=False`), the first step is its `global_step`, so a resumed
-    run continues where it stopped without any state of this module. Without one, pass `start_step` and
-    `max_steps`.
+    run continues where it stopped without any state of this module. Without a trainer, pass `steps`.
 
     A training batch holds `input_ids [B, T]`, `labels [B, T]` (already shifted; -100 where there is no
     target), `sample_ids [B]` and, with `isolate_documents`, `position_ids [B, T]`; all int64.
@@ -33,9 +32,7 @@ class TextDataModule(LightningDataModule):
         micro_batch_size: Windows in one forward pass of one rank.
         global_batch_size: Windows in one optimizer step, over all ranks and accumulated micro-batches.
         num_workers: Processes that read ahead, per rank; 0 reads in the training process.
-        validation_windows: Validate on the first this many windows; None takes all.
-        start_step: Optimizer steps already made; a trainer's `global_step` overrides it.
-        max_steps: Optimizer steps of the whole run; a trainer's `max_steps` overrides it.
+        steps: Optimizer steps without a trainer.
 
     Raises:
         ConfigError: The batch sizes do not divide.
@@ -49,24 +46,18 @@ class TextDataModule(LightningDataModule):
         micro_batch_size: int,
         global_batch_size: int,
         num_workers: int = 0,
-        validation_windows: int | None = None,
-        start_step: int = 0,
-        max_steps: int | None = None,
+        steps: range | None = None,
     ) -> None:
         super().__init__()
         accumulation_steps(global_batch_size, micro_batch_size, world_size=1)
-        self._config = config
         self._micro_batch_size = micro_batch_size
-        self._global_batch_size = global_batch_size
         self._num_workers = num_workers
-        self._validation_windows = validation_windows
-        self._start_step = start_step
-        self._max_steps = max_steps
+        self._steps = steps
         self.train_windows = WindowDataset(corpus, "train", config.sequence_length, config.isolate_documents)
         self.validation_set = WindowDataset(corpus, "validation", config.sequence_length, config.isolate_documents)
-        self._mix = _mix(corpus, "train", config)
-        self._validation_mix = _mix(corpus, "validation", config)
-        global_batch(0, config.seed, len(self.train_windows), global_batch_size, self._mix)  # is there one?
+        mix = mix_of(corpus, "train", config.sequence_length)
+        self._order = Order(len(self.train_windows), global_batch_size, seed=config.seed, mix=mix)
+        self._validation_mix = mix_of(corpus, "validation", config.sequence_length)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's micro-batches from the current step on.
@@ -74,28 +65,26 @@ class TextDataModule(LightningDataModule):
         Raises:
             ConfigError: The number of steps is not set, or the trainer accumulates another number of batches.
         """
-        start_step, max_steps = self._start_step, self._max_steps
+        steps = self._steps
         rank, world_size = self._rank_and_world_size()
         if self.trainer is not None:
-            start_step, max_steps = self.trainer.global_step, self.trainer.max_steps
-            expected = accumulation_steps(self._global_batch_size, self._micro_batch_size, world_size)
-            if (found := self.trainer.accumulate_grad_batches) != expected:
+            steps = range(self.trainer.global_step, self.trainer.max_steps)
+            size = self._order.global_batch_size
+            expected = accumulation_steps(size, self._micro_batch_size, world_size)
+            if (accumulated := self.trainer.accumulate_grad_batches) != expected:
                 raise ConfigError(
                     f"trainer.accumulate_grad_batches: expected {expected} (global batch "
-                    f"{self._global_batch_size} / {self._micro_batch_size} x {world_size} ranks), got {found}"
+                    f"{size} / {self._micro_batch_size} x {world_size} ranks), got {accumulated}"
                 )
-        if max_steps is None or max_steps < 0:
-            raise ConfigError(f"max_steps: expected the number of optimizer steps, got {max_steps}; set it")
+        if steps is None or steps.stop < 0:
+            raise ConfigError("max_steps: expected the number of optimizer steps, got none; set it")
         sampler = BatchSampler(
-            num_windows=len(self.train_windows),
-            global_batch_size=self._global_batch_size,
-            micro_batch_size=self._micro_batch_size,
-            max_steps=max_steps,
-            seed=self._config.seed,
-            start_step=start_step,
+            self._order,
+            self._micro_batch_size,
+            max_steps=steps.stop,
+            start_step=steps.start,
             rank=rank,
             world_size=world_size,
-            mix=self._mix,
         )
         return DataLoader(self.train_windows, batch_sampler=sampler, num_workers=self._num_workers)
 
@@ -108,11 +97,10 @@ class TextDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         ids: Sequence[int] = range(len(self.validation_set))
         if self._validation_mix is not None:
-            ids = self._validation_mix.in_order(self._validation_windows).tolist()
-        count = len(ids) if self._validation_windows is None else min(len(ids), self._validation_windows)
-        if left_over := count % world_size:
-            logger.info("validation leaves out %d of %d windows: ranks take equal shares", left_over, count)
-        mine = Subset(self.validation_set, ids[rank : count - left_over : world_size])
+            ids = self._validation_mix.in_order().tolist()
+        if left_over := len(ids) % world_size:
+            logger.info("validation leaves out %d of %d windows: ranks take equal shares", left_over, len(ids))
+        mine = Subset(self.validation_set, ids[rank : len(ids) - left_over : world_size])
         return DataLoader(mine, batch_size=self._micro_batch_size, num_workers=self._num_workers)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -120,21 +108,3 @@ class TextDataModule(LightningDataModule):
         strategy = getattr(self.trainer, "strategy", None)
         place = getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
         return place["rank"], place["num_replicas"]
-
-
-def documents_in_step(corpus: Corpus, config: DataConfig, step: int, global_batch_size: int) -> dict[int, list[int]]:
-    """Which documents an optimizer step saw: document ids by window id (`sample_ids`), in the step's order.
-
-    Args:
-        corpus: Prepared corpus; `corpus.names` tells what each document is.
-        config: The run's data configuration.
-        step: Optimizer step, counting from 0.
-        global_batch_size: Windows in one optimizer step.
-    """
-    windows = WindowDataset(corpus, "train", config.sequence_length)
-    ids = global_batch(step, config.seed, len(windows), global_batch_size, _mix(corpus, "train", config))
-    return {window: windows.documents(window).tolist() for window in ids.tolist()}
-
-
-def _mix(corpus: Corpus, split: str, config: DataConfig) -> Mix | None:
-    return corpus.mix(split, config.sequence_length) if isinstance(corpus, Mixture) else None

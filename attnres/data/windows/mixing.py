@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from attnres.data.config import SPLITS
-from attnres.data.corpus.corpus import TOKENIZER, Corpus
+from attnres.data.corpus.folder import Corpus
+from attnres.data.corpus.manifest import TOKENIZER
 from attnres.data.corpus.shards import ShardedTokens, token_dtype
 from attnres.data.windows.order import permutation
 from attnres.errors import ConfigError, DataError
@@ -48,16 +49,16 @@ class Mix:
         for index, (first, count) in enumerate(zip(self.first, self.count, strict=True)):
             mine = owner == index
             epochs, places = np.divmod(drawn[mine], count)
-            found = np.empty(len(places), np.int64)
+            drawn_ids = np.empty(len(places), np.int64)
             for epoch in np.unique(epochs).tolist():
                 now = epochs == epoch
-                found[now] = first + permutation(count, seed, epoch, 2 + index)[places[now]]
-            ids[mine] = found
+                drawn_ids[now] = first + permutation(count, seed, epoch, 2 + index)[places[now]]
+            ids[mine] = drawn_ids
         return ids
 
-    def in_order(self, most: int | None) -> NDArray[np.int64]:
+    def in_order(self) -> NDArray[np.int64]:
         """Window ids for validation: mixed by weight, each set in its own order, until one is exhausted."""
-        positions = range(sum(self.count) if most is None else most)
+        positions = range(sum(self.count))
         owner, drawn = self._draws(positions, seed=0)
         exhausted = np.flatnonzero(drawn >= np.array(self.count)[owner])
         end = exhausted[0] if len(exhausted) else len(positions)
@@ -108,16 +109,16 @@ def quotas(weights: Sequence[float]) -> tuple[int, ...]:
         ConfigError: A weight is too small to be drawn at all.
     """
     exact = np.array(weights, float) / sum(weights) * ROUND
-    found = np.floor(exact).astype(int)
-    missing = ROUND - found.sum()
-    found[np.argsort(found - exact, kind="stable")[:missing]] += 1
-    for index, quota in enumerate(found.tolist()):
+    rounded = np.floor(exact).astype(int)
+    missing = ROUND - rounded.sum()
+    rounded[np.argsort(rounded - exact, kind="stable")[:missing]] += 1
+    for index, quota in enumerate(rounded.tolist()):
         if quota < 1:
             raise ConfigError(
                 f"data.weights[{index}]: expected at least 1/{ROUND} of their sum, got {weights[index]}; raise it or "
                 "leave that folder out"
             )
-    return tuple(found.tolist())
+    return tuple(rounded.tolist())
 
 
 @dataclass(frozen=True)
@@ -125,39 +126,39 @@ class Mixture(Corpus):
     """Several corpora of one tokenizer as one: documents and ids of the first, then of the second, and so on.
 
     Attributes:
-        parts: The corpora.
+        corpora: Its members.
         weights: Share of the training windows that each gives, up to a common factor.
     """
 
-    parts: tuple[Corpus, ...] = ()
+    corpora: tuple[Corpus, ...] = ()
     weights: tuple[float, ...] = ()
 
     def names_of(self, documents: Sequence[int]) -> list[str]:
         """Names of some documents."""
-        found: dict[int, str] = {}
-        for part, first in zip(self.parts, self._first_documents, strict=True):
-            mine = [document for document in documents if 0 <= document - first < len(part.lengths)]
-            found |= dict(zip(mine, part.names_of([document - first for document in mine]), strict=True))
-        return [found[document] for document in documents]
+        names: dict[int, str] = {}
+        for corpus, first in zip(self.corpora, self._first_documents, strict=True):
+            mine = [document for document in documents if 0 <= document - first < len(corpus.lengths)]
+            names |= dict(zip(mine, corpus.names_of([document - first for document in mine]), strict=True))
+        return [names[document] for document in documents]
 
     @property
     def names(self) -> list[str]:
         """Name of each document, by document id."""
-        return [name for part in self.parts for name in part.names]
+        return [name for corpus in self.corpora for name in corpus.names]
 
     @cached_property
     def content(self) -> NDArray[np.uint64]:
         """See `Corpus.content`."""
-        return np.concatenate([part.content for part in self.parts])
+        return np.concatenate([corpus.content for corpus in self.corpora])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Turns ids into text and back."""
-        return self.parts[0].tokenizer
+        return self.corpora[0].tokenizer
 
     def tokens(self, split: str) -> NDArray[np.unsignedinteger] | ShardedTokens:
         """`[tokens]`: ids of a split, set after set."""
-        shards: list[Any] = [part.tokens(split) for part in self.parts]
+        shards: list[Any] = [corpus.tokens(split) for corpus in self.corpora]
         shards = [shard for shard in shards if len(shard)]
         if len(shards) > 1:
             return ShardedTokens(shards)
@@ -169,37 +170,37 @@ class Mixture(Corpus):
         Raises:
             DataError: A set has none.
         """
-        ends = np.cumsum([part.manifest["splits"][split]["tokens"] for part in self.parts])
+        ends = np.cumsum([corpus.manifest["splits"][split]["tokens"] for corpus in self.corpora])
         # The last token of a split is only ever a target.
         windows = max(0, (int(ends[-1]) - 1) // length)
         edges = [0, *(min(windows, -(-int(end) // length)) for end in ends[:-1]), windows]
         for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
             if start == stop:
                 raise DataError(
-                    f"data: {self.parts[index].path} has no window of {length} tokens in split {split}; leave it out "
+                    f"data: {self.corpora[index].path} has no window of {length} tokens in split {split}; leave it out "
                     "or lower data.sequence_length"
                 )
         counts = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
         return Mix(tuple(edges[:-1]), tuple(counts), quotas(self.weights))
 
     def _column(self, name: str) -> NDArray[Any]:
-        columns = [part._column(name).copy() for part in self.parts]
+        columns = [corpus._column(name).copy() for corpus in self.corpora]
         if name == "group":
             columns = [column + first for column, first in zip(columns, self._first_documents, strict=True)]
         if name == "start":
             for split in range(len(SPLITS)):
                 before = 0
-                for column, part in zip(columns, self.parts, strict=True):
-                    column[part.split_indices == split] += before
-                    before += part.manifest["splits"][SPLITS[split]]["tokens"]
+                for column, corpus in zip(columns, self.corpora, strict=True):
+                    column[corpus.split_indices == split] += before
+                    before += corpus.manifest["splits"][SPLITS[split]]["tokens"]
         return np.concatenate(columns)
 
     @cached_property
     def _first_documents(self) -> list[int]:
-        return np.cumsum([0, *(len(part.lengths) for part in self.parts[:-1])]).tolist()
+        return np.cumsum([0, *(len(corpus.lengths) for corpus in self.corpora[:-1])]).tolist()
 
 
-def mixture(parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
+def mixture(corpora: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
     """Joins corpora.
 
     Raises:
@@ -207,26 +208,28 @@ def mixture(parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
         DataError: The tokenizers differ, or a document of a training split is held out in another corpus.
     """
     quotas(weights)
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.tokenizer_sha256, part.eos_id) != (first.tokenizer_sha256, first.eos_id):
+    first = corpora[0]
+    for corpus in corpora[1:]:
+        if (corpus.tokenizer_sha256, corpus.eos_id) != (first.tokenizer_sha256, first.eos_id):
             raise DataError(
-                f"data.paths: {part.path} has tokenizer {part.tokenizer_sha256[:8]}, {first.path} has "
+                f"data.paths: {corpus.path} has tokenizer {corpus.tokenizer_sha256[:8]}, {first.path} has "
                 f"{first.tokenizer_sha256[:8]}; prepare them with the same one"
             )
     splits = {
-        split: {key: sum(part.manifest["splits"][split][key] for part in parts) for key in ("documents", "tokens")}
+        split: {
+            key: sum(corpus.manifest["splits"][split][key] for corpus in corpora) for key in ("documents", "tokens")
+        }
         for split in SPLITS
     }
     manifest = {
-        "fingerprint": hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest(),
+        "fingerprint": hashlib.sha256("".join(corpus.fingerprint for corpus in corpora).encode()).hexdigest(),
         "vocab_size": first.vocab_size,
         "eos_id": first.eos_id,
-        "documents": sum(part.manifest["documents"] for part in parts),
+        "documents": sum(corpus.manifest["documents"] for corpus in corpora),
         "splits": splits,
         "files": {TOKENIZER: first.manifest["files"][TOKENIZER]},
     }
-    mixed = Mixture(first.path, manifest, tuple(parts), tuple(weights))
+    mixed = Mixture(first.path, manifest, tuple(corpora), tuple(weights))
     _check_no_leak_between(mixed)
     return mixed
 
@@ -245,3 +248,8 @@ def _check_no_leak_between(mixed: Mixture) -> None:
                 f"folder and, as {second}, in {split} of another ({len(astray)} such documents); prepare one with "
                 "--exclude and the other's folder"
             )
+
+
+def mix_of(corpus: Corpus, split: str, length: int) -> Mix | None:
+    """How the windows of `length` tokens of a split are mixed, or None for a corpus that is no mixture."""
+    return corpus.mix(split, length) if isinstance(corpus, Mixture) else None

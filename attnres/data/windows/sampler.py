@@ -7,6 +7,7 @@ about which windows a step sees.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +18,44 @@ from attnres.data.windows.order import permutation
 from attnres.errors import ConfigError, DataError
 
 
-def global_batch(
-    step: int, seed: int, num_windows: int, global_batch_size: int, mix: Mix | None = None
-) -> NDArray[np.int64]:
-    """Window ids `[global_batch_size]` of optimizer step `step`, which counts from 0; from several sets with `mix`.
+@dataclass(frozen=True)
+class Order:
+    """What decides which windows a step sees.
+
+    Attributes:
+        num_windows: Windows to draw from.
+        global_batch_size: Windows in one optimizer step, over all ranks.
+        seed: Decides the permutations.
+        mix: The sets that the windows belong to and their weights, if there are several.
 
     Raises:
         DataError: There are fewer windows than a global batch holds, so that one would repeat within it.
     """
-    if num_windows < global_batch_size:
-        raise DataError(
-            f"data: {num_windows} training windows are fewer than one global batch of {global_batch_size}; "
-            "give more text, or lower the global batch size or data.sequence_length"
-        )
-    if mix is not None:
-        mix.check_batch(global_batch_size)
-        return mix.ids(range(step * global_batch_size, (step + 1) * global_batch_size), seed)
-    epoch, start = divmod(step * global_batch_size, num_windows)
-    ids = permutation(num_windows, seed, epoch)[start : start + global_batch_size]
-    if missing := global_batch_size - len(ids):
-        ids = np.concatenate([ids, permutation(num_windows, seed, epoch + 1)[:missing]])
-    return ids
+
+    num_windows: int
+    global_batch_size: int
+    seed: int
+    mix: Mix | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_windows < self.global_batch_size:
+            raise DataError(
+                f"data: {self.num_windows} training windows are fewer than one global batch of "
+                f"{self.global_batch_size}; give more text, or lower the global batch size or data.sequence_length"
+            )
+        if self.mix is not None:
+            self.mix.check_batch(self.global_batch_size)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Window ids `[global_batch_size]` of an optimizer step, which counts from 0."""
+        size = self.global_batch_size
+        if self.mix is not None:
+            return self.mix.ids(range(step * size, (step + 1) * size), self.seed)
+        epoch, start = divmod(step * size, self.num_windows)
+        ids = permutation(self.num_windows, self.seed, epoch)[start : start + size]
+        if missing := size - len(ids):
+            ids = np.concatenate([ids, permutation(self.num_windows, self.seed, epoch + 1)[:missing]])
+        return ids
 
 
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -69,54 +87,40 @@ class BatchSampler(Sampler[list[int]]):
     batches since the run began, and would end a resumed run early otherwise.
 
     Args:
-        num_windows: Windows to draw from.
-        global_batch_size: Windows in one optimizer step, over all ranks.
+        order: Of the windows.
         micro_batch_size: Windows in one forward pass of one rank.
         max_steps: Optimizer steps of the whole run.
-        seed: Decides the order.
         start_step: Optimizer steps already made.
         rank: This process' place among the data-parallel ranks.
         world_size: Number of data-parallel ranks.
-        mix: The sets that the windows belong to and their weights, if there are several.
 
     Raises:
         ConfigError: The sizes do not divide, or a step or rank is out of range.
-        DataError: There are fewer windows than a global batch holds.
     """
 
     def __init__(
         self,
-        *,
-        num_windows: int,
-        global_batch_size: int,
+        order: Order,
         micro_batch_size: int,
+        *,
         max_steps: int,
-        seed: int,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        mix: Mix | None = None,
     ) -> None:
-        self._accumulation = accumulation_steps(global_batch_size, micro_batch_size, world_size)
+        self._accumulation = accumulation_steps(order.global_batch_size, micro_batch_size, world_size)
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank: expected 0 to {world_size - 1}, got {rank}")
         if not 0 <= start_step <= max_steps:
             raise ConfigError(f"max_steps: expected at least the {start_step} already made, got {max_steps}")
-        self._num_windows = num_windows
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._max_steps = max_steps
-        self._seed = seed
-        self._start_step = start_step
+        self._order = order
+        self._cut = (self._accumulation, world_size, micro_batch_size)
         self._rank = rank
-        self._world_size = world_size
-        self._mix = mix
-        global_batch(0, seed, num_windows, global_batch_size, mix)  # fails now rather than at the first batch
+        self._start_step, self._max_steps = start_step, max_steps
 
     def __len__(self) -> int:
         return self._max_steps * self._accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self._start_step, self._max_steps):
-            ids = global_batch(step, self._seed, self._num_windows, self._global_batch_size, self._mix)
-            yield from ids.reshape(self._accumulation, self._world_size, self._micro_batch_size)[:, self._rank].tolist()
+            yield from self._order.batch(step).reshape(self._cut)[:, self._rank].tolist()

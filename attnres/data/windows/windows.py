@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attnres.data.corpus.corpus import Corpus
+from attnres.data.corpus.folder import Corpus
 from attnres.errors import ConfigError, DataError
 
 # The loss ignores positions with this label.
@@ -103,7 +103,6 @@ def probe_windows(
     corpus: Corpus,
     split: str,
     length: int,
-    max_windows: int | None = None,
     max_documents: int | None = None,
     windows_per_document: int = 1,
     seed: int = 0,
@@ -119,7 +118,6 @@ def probe_windows(
         corpus: Prepared corpus.
         split: Split to draw from.
         length: Tokens in one window; its document needs `length + 1`, the end-of-text id included.
-        max_windows: Most windows.
         max_documents: Most documents.
         windows_per_document: Most windows of one document.
         seed: Decides order and offsets.
@@ -130,7 +128,6 @@ def probe_windows(
     """
     numbers = {
         "length": length,
-        "max_windows": max_windows,
         "max_documents": max_documents,
         "windows_per_document": windows_per_document,
     }
@@ -157,14 +154,14 @@ def probe_windows(
         offsets = _offsets(int(corpus.lengths[document]), length, windows_per_document, seed, document)
         starts += [int(corpus.starts[document]) + offset for offset in offsets]
         owners += [document] * len(offsets)
-    window_ids = np.array(starts[:max_windows], np.int64)
+    window_ids = np.array(starts, np.int64)
     tokens = corpus.tokens(split)
     windows = torch.from_numpy(tokens[window_ids[:, None] + np.arange(length + 1)].astype(np.int64))
     return ProbeWindows(
         input_ids=windows[:, :-1].contiguous(),
         labels=windows[:, 1:].contiguous(),
         window_ids=torch.from_numpy(window_ids),
-        document_ids=torch.tensor(owners[:max_windows], dtype=torch.int64),
+        document_ids=torch.tensor(owners, dtype=torch.int64),
     )
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import attnres.data.corpus.build
+import attnres.data.preparation
 from attnres.data import SPLITS, DataConfig, open_corpus, prepare
+from attnres.data.corpus import builder, splits
 from attnres.data.corpus.shards import token_dtype
 from attnres.data.text.tokenizer import train_tokenizer
 from attnres.errors import DataError, StorageError
@@ -90,11 +91,11 @@ def test_prepare_trains_the_tokenizer_on_the_train_split_alone(config, corpus, t
         seen.append(list(documents))
         return train_tokenizer(iter(seen[-1]), vocab_size)
 
-    monkeypatch.setattr(attnres.data.corpus.build, "train_tokenizer", record)
+    monkeypatch.setattr(builder, "train_tokenizer", record)
     prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "all")))
     train = [texts[document] for document in corpus.documents("train")]
     assert seen == [train]
-    monkeypatch.setattr(attnres.data.corpus.build, "TOKENIZER_BYTES", sum(map(len, train)) // 2)
+    monkeypatch.setattr(splits, "TOKENIZER_BYTES", sum(map(len, train)) // 2)
     prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "half")))
     assert set(seen[1]) < set(train)
     assert 0.25 < len(seen[1]) / len(train) < 0.75
@@ -117,7 +118,7 @@ def test_prepare_takes_an_existing_tokenizer(config, corpus, make_config, random
 
 
 def test_prepare_reuses_what_it_built(config, corpus, monkeypatch):
-    monkeypatch.setattr(attnres.data.corpus.build, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(attnres.data.preparation, "build", lambda *_: pytest.fail("built again"))
     windowed = dataclasses.replace(config, sequence_length=8, isolate_documents=True)
     assert prepare(windowed).path == corpus.path
     with pytest.raises(pytest.fail.Exception, match="built again"):
@@ -126,13 +127,13 @@ def test_prepare_reuses_what_it_built(config, corpus, monkeypatch):
 
 def test_prepare_leaves_nothing_after_a_failure_and_recovers(make_config, texts, tmp_path, monkeypatch):
     config = make_config(tmp_path, texts)
-    monkeypatch.setattr(attnres.data.corpus.build, "digest", lambda _: 1 / 0)
+    monkeypatch.setattr(builder, "digest", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(config)
     assert [path for path in Path(config.cache_dir).iterdir() if path.is_dir()] == []
     monkeypatch.undo()
     # What a killed process leaves: a half-built folder, which the next one replaces.
-    key = attnres.data.corpus.build._cache_key(config)
+    key = attnres.data.preparation._cache_key(config)
     leftover = Path(config.cache_dir, f"files-{key}.building")
     leftover.mkdir()
     (leftover / "train.tokens").write_bytes(b"half")
@@ -155,13 +156,13 @@ def test_prepare_from_two_processes_at_once_gives_one_good_corpus(make_config, t
 
 def test_prepare_says_when_the_text_changes_while_it_is_read(make_config, texts, tmp_path, monkeypatch):
     config = make_config(tmp_path, texts)
-    train_tokenizer = attnres.data.corpus.build.train_tokenizer
+    train_tokenizer = builder.train_tokenizer
 
     def edit_then_train(documents, vocab_size):
         make_config(tmp_path, [*texts[:-1], "another text"])
         return train_tokenizer(documents, vocab_size)
 
-    monkeypatch.setattr(attnres.data.corpus.build, "train_tokenizer", edit_then_train)
+    monkeypatch.setattr(builder, "train_tokenizer", edit_then_train)
     with pytest.raises(DataError, match="documents.jsonl:120 changed while being read"):
         prepare(config)
 
@@ -177,7 +178,7 @@ def test_prepare_in_a_folder_that_cannot_be_written_is_a_storage_error(config, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(attnres.data.corpus.build, "_build", full)
+    monkeypatch.setattr(attnres.data.preparation, "build", full)
     with pytest.raises(StorageError, match="No space left on device; free space"):
         prepare(dataclasses.replace(config, cache_dir=str(tmp_path)))
 

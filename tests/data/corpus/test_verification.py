@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from attnres.data import SPLITS, open_corpus
 from attnres.data.corpus import verification
-from attnres.data.corpus.corpus import manifest_sha256
+from attnres.data.corpus.manifest import manifest_sha256
 from attnres.data.corpus.shards import BLOCK_BYTES, Digest, digest
 from attnres.errors import DataError
 
@@ -86,11 +87,11 @@ def test_damage_is_located_to_its_block(tmp_path):
 
 
 def test_large_corpus_in_a_folder_that_cannot_be_written_is_read_each_time(copy, reads, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(verification.FileLock, "acquire", refuse)
-    monkeypatch.setattr(verification.os, "replace", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     for _ in range(2):
         reads.clear()
         open_corpus(copy)

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from attnres.data import DataConfig, prepare
-from attnres.data.text.sources import list_files, listing, read_documents
+from attnres.data.corpus.chunks import read_chunks
+from attnres.data.text.sources import Document, list_files, listing
+from attnres.data.text.streams import FileStream
 from attnres.errors import ConfigError, DataError
 
 TEXTS = ["first\r\ndocument", "zweites Dokument ä", "三"]
@@ -19,11 +21,18 @@ def files(*paths: Path, **changes: object) -> DataConfig:
     return DataConfig(source="files", paths=tuple(str(path) for path in paths), **changes)
 
 
+def documents_of(config: DataConfig) -> list[Document]:
+    most = config.max_bytes or float("inf")
+    return [
+        document for chunk in read_chunks(FileStream(config), None, 0, max_bytes=most) for document in chunk.documents
+    ]
+
+
 def texts_of(config: DataConfig) -> list[str]:
-    return [document.text for document in read_documents(config)]
+    return [document.text for document in documents_of(config)]
 
 
-def test_read_documents_is_the_same_from_txt_jsonl_and_parquet(tmp_path):
+def test_file_stream_is_the_same_from_txt_jsonl_and_parquet(tmp_path):
     (tmp_path / "txt").mkdir()
     for number, text in enumerate(TEXTS):
         (tmp_path / "txt" / f"{number}.txt").write_bytes(text.encode())
@@ -34,20 +43,20 @@ def test_read_documents_is_the_same_from_txt_jsonl_and_parquet(tmp_path):
     assert texts_of(files(tmp_path / "txt" / "*.txt")) == TEXTS
     assert texts_of(files(tmp_path / "rows.jsonl", text_column="body")) == TEXTS
     assert texts_of(files(tmp_path / "rows.parquet", text_column="body")) == TEXTS
-    assert [d.name for d in read_documents(files(tmp_path / "rows.jsonl", text_column="body"))] == [
+    assert [d.name for d in documents_of(files(tmp_path / "rows.jsonl", text_column="body"))] == [
         "rows.jsonl:1",
         "rows.jsonl:3",
         "rows.jsonl:5",
     ]
 
 
-def test_read_documents_skips_blank_documents_and_reads_a_file_once(tmp_path):
+def test_file_stream_skips_blank_documents_and_reads_a_file_once(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text(" \n")
     assert texts_of(files(tmp_path, tmp_path / "a.txt")) == ["a"]
 
 
-def test_read_documents_stops_before_max_bytes(tmp_path):
+def test_file_stream_stops_before_max_bytes(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("ä" * 5, encoding="utf-8")
     assert len(texts_of(files(tmp_path, max_bytes=29))) == 2
@@ -65,13 +74,13 @@ def test_read_documents_stops_before_max_bytes(tmp_path):
         ("a.pdf", b"no", r"cannot read .*a.pdf; expected one of .txt, .jsonl, .parquet"),
     ],
 )
-def test_read_documents_names_what_it_cannot_read(tmp_path, name, content, message):
+def test_file_stream_names_what_it_cannot_read(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         texts_of(files(tmp_path / name))
 
 
-def test_read_documents_names_a_missing_parquet_column(tmp_path):
+def test_file_stream_names_a_missing_parquet_column(tmp_path):
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no column 'text' in \['body'\]; set data.text_column"):
         texts_of(files(tmp_path / "a.parquet"))
@@ -122,7 +131,7 @@ def test_list_files_of_the_interpreter_leaves_out_tests_and_nested_packages(sour
     assert len(texts_of(config)) == len(listing(config)) == len(expected)
 
 
-def test_read_documents_of_the_interpreter_skips_what_is_not_utf8(tmp_path, monkeypatch):
+def test_file_stream_of_the_interpreter_skips_what_is_not_utf8(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("text")
     (tmp_path / "latin.py").write_bytes(b"# \xe4")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))

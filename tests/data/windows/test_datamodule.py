@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from attnres.data import TextDataModule, documents_in_step, global_batch
+from attnres.data import Order, TextDataModule, documents_in_step
 from attnres.errors import ConfigError, DataError
 
 
@@ -65,7 +65,7 @@ def test_datamodule_resumed_run_sees_the_rest_of_the_same_windows(corpus, config
     assert len(whole.seen) == 7 * accumulation
     for step in range(7):
         ids = sum((ids for at, ids in whole.seen if at == step), [])
-        assert ids == global_batch(step, config.seed, len(datamodule().train_windows), 8).tolist()
+        assert ids == Order(len(datamodule().train_windows), 8, config.seed).batch(step).tolist()
 
     path = tmp_path / "stopped.ckpt"
     before, _ = fit(datamodule(), tmp_path, accumulation, [StopAt(3, path)])
@@ -78,7 +78,7 @@ def test_datamodule_resumed_run_sees_the_rest_of_the_same_windows(corpus, config
 def test_datamodule_batches_have_the_promised_fields(corpus, config):
     for isolated in (False, True):
         changed = dataclasses.replace(config, isolate_documents=isolated)
-        datamodule = TextDataModule(corpus, changed, micro_batch_size=3, global_batch_size=6, max_steps=2)
+        datamodule = TextDataModule(corpus, changed, micro_batch_size=3, global_batch_size=6, steps=range(2))
         batch = next(iter(datamodule.train_dataloader()))
         shapes = {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
         row = ((3, 16), torch.int64)
@@ -86,29 +86,31 @@ def test_datamodule_batches_have_the_promised_fields(corpus, config):
         assert shapes == {"input_ids": row, "labels": row, "sample_ids": ((3,), torch.int64)} | positions
 
 
-def test_datamodule_workers_change_nothing_and_start_step_skips(corpus, config):
-    def ids(**arguments):
-        datamodule = TextDataModule(corpus, config, 2, 4, max_steps=5, **arguments)
+def test_datamodule_workers_change_nothing_and_a_later_start_skips(corpus, config):
+    def ids(start=0, num_workers=0):
+        datamodule = TextDataModule(corpus, config, 2, 4, num_workers, range(start, 5))
         return [batch["sample_ids"].tolist() for batch in datamodule.train_dataloader()]
 
     assert len(ids()) == 10
     assert ids(num_workers=2) == ids()
-    assert ids(start_step=3) == ids()[6:]
+    assert ids(start=3) == ids()[6:]
 
 
 def test_datamodule_validation_is_sequential_and_shared_by_ranks(corpus, config):
-    datamodule = TextDataModule(corpus, config, 3, 6, validation_windows=11)
+    datamodule = TextDataModule(corpus, config, 3, 6)
+    count = len(datamodule.validation_set)
 
     def ids(rank, world_size):
         place = {"rank": rank, "num_replicas": world_size}
         datamodule.trainer = SimpleNamespace(strategy=SimpleNamespace(distributed_sampler_kwargs=place))
         return [i for batch in datamodule.val_dataloader() for i in batch["sample_ids"].tolist()]
 
-    assert ids(0, 1) == list(range(11))
-    assert sorted(ids(0, 2) + ids(1, 2)) == list(range(10))
-    assert len(ids(0, 2)) == len(ids(1, 2))
-    datamodule._validation_windows = None
-    assert ids(0, 1) == list(range(len(datamodule.validation_set)))
+    assert ids(0, 1) == list(range(count))
+    for world in (2, 3, 4):
+        shares = [ids(rank, world) for rank in range(world)]
+        assert sorted(sum(shares, [])) == list(range(count - count % world))
+        assert len(set(map(len, shares))) == 1
+    assert any(count % world for world in (2, 3, 4))
 
 
 def test_datamodule_ranks_of_a_trainer_share_the_global_batch(corpus, config):
@@ -121,7 +123,7 @@ def test_datamodule_ranks_of_a_trainer_share_the_global_batch(corpus, config):
             global_step=4, max_steps=5, accumulate_grad_batches=2,
         )  # fmt: skip
         seen += [i for batch in datamodule.train_dataloader() for i in batch["sample_ids"].tolist()]
-    assert sorted(seen) == sorted(global_batch(4, config.seed, len(datamodule.train_windows), 8))
+    assert sorted(seen) == sorted(Order(len(datamodule.train_windows), 8, config.seed).batch(4))
     datamodule.trainer.accumulate_grad_batches = 1
     with pytest.raises(ConfigError, match="trainer.accumulate_grad_batches: expected 2 .* got 1"):
         datamodule.train_dataloader()
@@ -133,13 +135,13 @@ def test_datamodule_fails_before_a_model_is_built(corpus, config):
     assert error.value.code == 3
     with pytest.raises(ConfigError, match="expected a multiple of micro_batch_size"):
         TextDataModule(corpus, config, 3, 8)
-    with pytest.raises(ConfigError, match="max_steps: expected the number of optimizer steps, got None"):
+    with pytest.raises(ConfigError, match="max_steps: expected the number of optimizer steps, got none"):
         TextDataModule(corpus, config, 4, 8).train_dataloader()
 
 
 def test_documents_in_step_names_the_documents_of_each_window(corpus, config):
     found = documents_in_step(corpus, config, step=2, global_batch_size=4)
-    datamodule = TextDataModule(corpus, config, 4, 4, start_step=2, max_steps=3)
+    datamodule = TextDataModule(corpus, config, 4, 4, steps=range(2, 3))
     batch = next(iter(datamodule.train_dataloader()))
     assert list(found) == batch["sample_ids"].tolist()
     for input_ids, documents in zip(batch["input_ids"], found.values(), strict=True):

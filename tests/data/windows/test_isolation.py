@@ -19,7 +19,7 @@ LENGTH = 2500
 @pytest.mark.parametrize("kind", ["attnres", "vanilla"])
 def test_isolated_documents_change_no_logit_of_another(corpus, config, kind):
     isolated = dataclasses.replace(config, isolate_documents=True, sequence_length=LENGTH)
-    batch = next(iter(TextDataModule(corpus, isolated, 1, 1, max_steps=1).train_dataloader()))
+    batch = next(iter(TextDataModule(corpus, isolated, 1, 1, steps=range(1)).train_dataloader()))
     blocks = {"attnres_num_blocks": 2} if kind == "attnres" else {}
     settings = {"kind": kind} | SHAPE | blocks
     model = build_model(model_config(settings, corpus.vocab_size, corpus.eos_id, LENGTH), seed=0).eval()

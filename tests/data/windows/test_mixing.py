@@ -8,26 +8,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnres.data import SPLITS, BatchSampler, DataConfig, TextDataModule, WindowDataset, documents_in_step, prepare
+from attnres.data import (
+    SPLITS,
+    BatchSampler,
+    DataConfig,
+    Order,
+    TextDataModule,
+    WindowDataset,
+    documents_in_step,
+    prepare,
+)
 from attnres.data.windows.mixing import ROUND, Mix, Mixture, quotas
 from attnres.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
-def parts(make_config, corpus, random_text, tmp_path_factory):
+def members(make_config, corpus, random_text, tmp_path_factory):
     """Two more corpora with the tokenizer of `corpus`, one of them with fewer documents."""
     made = []
     for first, count in ((1000, 60), (2000, 90)):
-        folder = tmp_path_factory.mktemp("part")
+        folder = tmp_path_factory.mktemp("member")
         texts = [random_text(seed, 50) for seed in range(first, first + count)]
         made.append(prepare(make_config(folder, texts, tokenizer=str(corpus.path), probe_confirm=0.3)))
     return [corpus, *made]
 
 
 @pytest.fixture(scope="module")
-def mixed_config(parts):
+def mixed_config(members):
     return DataConfig(
-        source="prepared", paths=tuple(str(part.path) for part in parts), weights=(6, 1, 3), sequence_length=16
+        source="prepared", paths=tuple(str(member.path) for member in members), weights=(6, 1, 3), sequence_length=16
     )
 
 
@@ -76,9 +85,9 @@ def test_mix_ids_are_pinned_and_are_not_in_blocks():
 def test_batch_sampler_of_a_mixture_is_the_same_for_any_ranks_and_micro_batches(micro, accumulation, world, start):
     mix = Mix((0, 25), (25, 16), quotas([2, 1]))
     size = micro * accumulation * world
-    settings = {"num_windows": 41, "global_batch_size": size, "max_steps": 6, "seed": 5, "mix": mix}
+    order = Order(41, size, 5, mix)
     ranks = [
-        list(BatchSampler(micro_batch_size=micro, start_step=start, rank=rank, world_size=world, **settings))
+        list(BatchSampler(order, micro, max_steps=6, start_step=start, rank=rank, world_size=world))
         for rank in range(world)
     ]
     for step in range(start, 6):
@@ -94,48 +103,48 @@ def test_quotas_follow_the_weights_and_refuse_what_is_never_drawn():
         quotas([1, 1e-5])
 
 
-def test_mixture_holds_the_documents_and_ids_of_its_parts_in_order(mixed, parts):
-    assert mixed.names == [name for part in parts for name in part.names]
-    assert mixed.names_of([130, 3, 200]) == [parts[1].names[10], parts[0].names[3], parts[2].names[20]]
-    assert [mixed.text(d) for d in (5, 125, 185)] == [parts[0].text(5), parts[1].text(5), parts[2].text(5)]
+def test_mixture_holds_the_documents_and_ids_of_its_parts_in_order(mixed, members):
+    assert mixed.names == [name for member in members for name in member.names]
+    assert mixed.names_of([130, 3, 200]) == [members[1].names[10], members[0].names[3], members[2].names[20]]
+    assert [mixed.text(d) for d in (5, 125, 185)] == [members[0].text(5), members[1].text(5), members[2].text(5)]
     for split in SPLITS:
-        ids, tokens = np.concatenate([part.tokens(split)[:] for part in parts]), mixed.tokens(split)
+        ids, tokens = np.concatenate([member.tokens(split)[:] for member in members]), mixed.tokens(split)
         assert np.array_equal(tokens[:], ids)
-        # Reads that cross from one part's shard into the next.
+        # Reads that cross from one member's shard into the next.
         for start in range(0, len(ids), 61):
             assert np.array_equal(tokens[start : start + 90], ids[start : start + 90])
         places = np.arange(len(ids)).reshape(1, -1)[:, ::-3]
         assert np.array_equal(tokens[places], ids[places])
-    assert np.array_equal(mixed.groups[120:180], parts[1].groups + 120)
-    assert mixed.fingerprint not in [part.fingerprint for part in parts]
+    assert np.array_equal(mixed.groups[120:180], members[1].groups + 120)
+    assert mixed.fingerprint not in [member.fingerprint for member in members]
 
 
-def test_mixture_gives_each_window_to_the_set_of_its_first_token(mixed, parts):
+def test_mixture_gives_each_window_to_the_set_of_its_first_token(mixed, members):
     mix, windows = mixed.mix("train", 16), WindowDataset(mixed, "train", 16)
     assert sum(mix.count) == len(windows)
-    edges = np.cumsum([len(part.lengths) for part in parts])
+    edges = np.cumsum([len(member.lengths) for member in members])
     for index, (first, count) in enumerate(zip(mix.first, mix.count, strict=True)):
         owners = [np.searchsorted(edges, windows.documents(i)[0], side="right") for i in range(first, first + count)]
         assert set(owners) == {index}
 
 
 def test_datamodule_of_a_mixture_trains_by_weight_and_validates_alike(mixed, mixed_config):
-    data = TextDataModule(mixed, mixed_config, 5, 10, validation_windows=40, max_steps=30)
+    data = TextDataModule(mixed, mixed_config, 5, 10, steps=range(30))
     ids = np.concatenate([batch["sample_ids"].numpy() for batch in data.train_dataloader()])
     mix = mixed.mix("train", 16)
     assert ids.tolist() == mix.ids(range(300), 0).tolist()
     assert np.histogram(ids, [*mix.first, sum(mix.count)])[0] / 300 == pytest.approx([0.6, 0.1, 0.3], abs=0.08)
-    later = TextDataModule(pickle.loads(pickle.dumps(mixed)), mixed_config, 5, 10, start_step=7, max_steps=8)
+    later = TextDataModule(pickle.loads(pickle.dumps(mixed)), mixed_config, 5, 10, steps=range(7, 8))
     assert next(iter(later.train_dataloader()))["sample_ids"].tolist() == ids[70:75].tolist()
     assert list(documents_in_step(mixed, mixed_config, 7, 10)) == ids[70:80].tolist()
     validated = [i for batch in data.val_dataloader() for i in batch["sample_ids"].tolist()]
-    assert validated == mixed.mix("validation", 16).in_order(40).tolist()
+    assert validated == mixed.mix("validation", 16).in_order().tolist()
     assert len(set(validated)) == len(validated)
 
 
 def test_mix_in_order_ends_where_a_set_is_exhausted():
     mix = Mix((0, 4), (4, 1000), quotas([1, 1]))
-    ids = mix.in_order(None).tolist()
+    ids = mix.in_order().tolist()
     assert [i for i in ids if i < 4] == [0, 1, 2, 3]
     assert [i for i in ids if i >= 4] == list(range(4, len(ids)))
 
@@ -147,17 +156,17 @@ def test_datamodule_refuses_a_set_that_would_repeat_within_a_batch(mixed, mixed_
         TextDataModule(prepare(heavy), heavy, 1, 900)
 
 
-def test_mixture_refuses_other_tokenizers_and_leaks(parts, make_config, random_text, texts, tmp_path):
+def test_mixture_refuses_other_tokenizers_and_leaks(members, make_config, random_text, texts, tmp_path):
     other = prepare(make_config(tmp_path, [random_text(seed, 60) for seed in range(3000, 3100)]))
-    paths = (str(parts[0].path), str(other.path))
+    paths = (str(members[0].path), str(other.path))
     with pytest.raises(DataError, match=f"data.paths: {other.path} has tokenizer .* prepare them with the same one"):
         prepare(DataConfig(source="prepared", paths=paths, weights=(1, 1), sequence_length=16))
-    with pytest.raises(DataError, match=f"{parts[0].path} was made with .*leave data.tokenizer out"):
+    with pytest.raises(DataError, match=f"{members[0].path} was made with .*leave data.tokenizer out"):
         given = str(other.tokenizer_path)
         prepare(DataConfig(source="prepared", paths=paths[:1], tokenizer=given, sequence_length=16))
     # The same texts split by another seed: most held-out ones are trained on in the other corpus.
-    again = prepare(make_config(tmp_path, texts, seed=1, tokenizer=str(parts[0].path)))
-    paths = (str(parts[0].path), str(again.path))
+    again = prepare(make_config(tmp_path, texts, seed=1, tokenizer=str(members[0].path)))
+    paths = (str(members[0].path), str(again.path))
     with pytest.raises(DataError, match="data leak between data.paths: .* prepare one with --exclude") as error:
         prepare(DataConfig(source="prepared", paths=paths, weights=(1, 1), sequence_length=16))
     assert error.value.code == 3

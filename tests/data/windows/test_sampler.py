@@ -5,23 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnres.data import BatchSampler, accumulation_steps, global_batch
+from attnres.data import BatchSampler, Order, accumulation_steps
 from attnres.errors import ConfigError, DataError
 
 
 @given(seed=st.integers(0, 2**32), windows=st.integers(1, 60), data=st.data())
-def test_global_batch_visits_every_window_once_per_epoch(seed, windows, data):
+def test_order_visits_every_window_once_per_epoch(seed, windows, data):
     size = data.draw(st.integers(1, windows))
-    ids = np.concatenate([global_batch(step, seed, windows, size) for step in range(3 * windows // size + 1)])
+    ids = np.concatenate([Order(windows, size, seed).batch(step) for step in range(3 * windows // size + 1)])
     for epoch in range(3):
         assert sorted(ids[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
 
 
-def test_global_batch_depends_on_seed_and_epoch_and_is_pinned():
-    first, other_seed = global_batch(0, 0, 50, 50).tolist(), global_batch(0, 1, 50, 50).tolist()
-    assert first not in (other_seed, global_batch(1, 0, 50, 50).tolist(), list(range(50)))
+def test_order_depends_on_seed_and_epoch_and_is_pinned():
+    first, other_seed = Order(50, 50, 0).batch(0).tolist(), Order(50, 50, 1).batch(0).tolist()
+    assert first not in (other_seed, Order(50, 50, 0).batch(1).tolist(), list(range(50)))
     # A resumed run must see this order on any machine and with any later numpy.
-    assert global_batch(7, 3, 10, 4).tolist() == [1, 2, 0, 8]
+    assert Order(10, 4, 3).batch(7).tolist() == [1, 2, 0, 8]
 
 
 @given(
@@ -32,28 +32,23 @@ def test_global_batch_depends_on_seed_and_epoch_and_is_pinned():
     seed=st.integers(0, 9),
 )
 def test_batch_sampler_ranks_share_exactly_the_global_batch(micro, accumulation, world, start, seed):
-    size, windows = micro * accumulation * world, 41
+    order = Order(41, micro * accumulation * world, seed)
     ranks = [
-        list(
-            BatchSampler(
-                num_windows=windows, global_batch_size=size, micro_batch_size=micro, max_steps=7, seed=seed,
-                start_step=start, rank=rank, world_size=world,
-            )
-        )
+        list(BatchSampler(order, micro, max_steps=7, start_step=start, rank=rank, world_size=world))
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     for step in range(start, 7):
         first = (step - start) * accumulation
         seen = [ids for batches in ranks for ids in batches[first : first + accumulation]]
         assert all(len(ids) == micro for ids in seen)
         # The right side knows nothing of ranks, accumulation or where the run was resumed.
-        assert sorted(sum(seen, [])) == sorted(global_batch(step, seed, windows, size))
+        assert sorted(sum(seen, [])) == sorted(order.batch(step))
     assert all(len(batches) == (7 - start) * accumulation for batches in ranks)
 
 
 def test_batch_sampler_length_counts_from_the_first_step():
-    arguments = {"num_windows": 20, "global_batch_size": 4, "micro_batch_size": 2, "max_steps": 6, "seed": 0}
-    assert len(BatchSampler(**arguments)) == len(BatchSampler(**arguments, start_step=5)) == 12
+    order = Order(20, 4, 0)
+    assert len(BatchSampler(order, 2, max_steps=6)) == len(BatchSampler(order, 2, max_steps=6, start_step=5)) == 12
 
 
 def test_batch_sampler_refuses_sizes_that_do_not_divide():
@@ -62,6 +57,6 @@ def test_batch_sampler_refuses_sizes_that_do_not_divide():
     with pytest.raises(ConfigError, match="micro_batch_size: expected at least 1"):
         accumulation_steps(8, 0, 1)
     with pytest.raises(DataError, match="3 training windows are fewer than one global batch of 4"):
-        BatchSampler(num_windows=3, global_batch_size=4, micro_batch_size=4, max_steps=1, seed=0)
+        Order(3, 4, 0)
     with pytest.raises(ConfigError, match="max_steps: expected at least the 5 already made, got 4"):
-        BatchSampler(num_windows=9, global_batch_size=4, micro_batch_size=4, max_steps=4, seed=0, start_step=5)
+        BatchSampler(Order(9, 4, 0), 4, max_steps=4, start_step=5)

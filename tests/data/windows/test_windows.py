@@ -90,11 +90,9 @@ def test_probe_windows_lie_within_their_document_and_apart(corpus, length, per_d
 def test_probe_windows_caps_keep_the_beginning(corpus):
     whole = probe_windows(corpus, "probe_confirm", 20, windows_per_document=2, seed=4)
     few = probe_windows(corpus, "probe_confirm", 20, windows_per_document=2, max_documents=5, seed=4)
-    fewer = probe_windows(corpus, "probe_confirm", 20, windows_per_document=2, max_windows=3, seed=4)
     assert len(set(few.document_ids.tolist())) == 5
     assert whole.window_ids[: len(few)].tolist() == few.window_ids.tolist()
-    assert whole.window_ids[:3].tolist() == fewer.window_ids.tolist()
-    assert torch.equal(whole.input_ids[:3], fewer.input_ids)
+    assert torch.equal(whole.input_ids[: len(few)], few.input_ids)
 
 
 def test_probe_windows_depend_on_the_seed_alone(corpus):

@@ -1,7 +1,7 @@
-"""A prepared corpus on disk: token shards, document boundaries, tokenizer, manifest.
+"""The folder of a prepared corpus: token shards, document boundaries, tokenizer, manifest; opened and checked here.
 
 Layout:
-    <cache_dir>/<source>-<key>/   or a folder that `attnres.data.corpus.make_shards` wrote
+    <cache_dir>/<source>-<key>/   or a folder that `make_shards` made
       manifest.json         counts, versions, fingerprint, digest of every other file
       tokenizer.json        byte-level BPE
       documents.parquet     a row per document: name, split, start and tokens in the split's ids, group, and in folders
@@ -10,8 +10,6 @@ Layout:
                             several files of bounded size, <split>-00000.tokens and so on
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -24,21 +22,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from attnres.data.config import SPLITS
-from attnres.data.corpus.shards import ShardedTokens, open_tokens, token_dtype
+from attnres.data.corpus.manifest import DOCUMENTS, MANIFEST, TOKENIZER, read_manifest
+from attnres.data.corpus.shards import ShardedTokens, content_key, open_tokens, token_dtype
 from attnres.data.corpus.verification import verify_files
 from attnres.data.text.tokenizer import load_tokenizer
 from attnres.errors import ConfigError, DataError
-from attnres.files.whole_files import read_object
 
-MANIFEST = "manifest.json"
 # Ids of a split that are compared with the vocabulary whenever a corpus is opened: a tenth of a second.
 _IDS_CHECKED = 64 * 1024**2
-TOKENIZER = "tokenizer.json"
-DOCUMENTS = "documents.parquet"
-# A change to the layout of these files, or to how documents are grouped and split, needs a new number: of corpora in
-# the cache, and of folders that `make_shards` writes.
-FORMAT = 1
-SHARDED_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -120,17 +111,17 @@ class Corpus:
         return pq.read_table(self.path / DOCUMENTS, columns=["name"])["name"].to_pylist()
 
     def names_of(self, documents: Sequence[int]) -> list[str]:
-        """Names of some documents, reading the parts of the table that hold them."""
-        found: dict[int, str] = {}
+        """Names of some documents, reading only the row groups that hold them."""
+        names: dict[int, str] = {}
         with pq.ParquetFile(self.path / DOCUMENTS) as table:
             first = 0
             for group in range(table.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows
                 if wanted := [document for document in documents if first <= document < first + rows]:
-                    names = table.read_row_group(group, columns=["name"])["name"]
-                    found |= {document: names[document - first].as_py() for document in wanted}
+                    column = table.read_row_group(group, columns=["name"])["name"]
+                    names |= {document: column[document - first].as_py() for document in wanted}
                 first += rows
-        return [found[document] for document in documents]
+        return [names[document] for document in documents]
 
     def documents(self, split: str) -> NDArray[np.int64]:
         """Ids of the documents of a split, in the order of its shards."""
@@ -169,25 +160,7 @@ def open_corpus(path: Path) -> Corpus:
         DataError: A file is missing, damaged or of another format; the message names it and where. Or a document could
             be trained on and held out.
     """
-    remedy = f"delete {path} and run the same command again to rebuild it"
-    try:
-        manifest = read_object(path / MANIFEST)
-        intact = manifest["sha256_of_the_rest"] == manifest_sha256(manifest)
-        if command := manifest.get("command"):
-            remedy = f"delete {path} and make it again with: {command}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path / MANIFEST} is missing or unreadable ({error!r}); {remedy}") from error
-    if not intact:
-        raise DataError(f"{path / MANIFEST} was changed after it was written; {remedy}")
-    if manifest["format"] not in (FORMAT, SHARDED_FORMAT):
-        raise DataError(
-            f"{path / MANIFEST} has format {manifest['format']}, expected {FORMAT} or {SHARDED_FORMAT}; {remedy}"
-        )
-    root = path.resolve()
-    shards = [name for counts in manifest["splits"].values() for name in counts.get("shards", ())]
-    for name in {*manifest["files"], *shards}:
-        if not (path / name).resolve().is_relative_to(root):
-            raise DataError(f"{path / MANIFEST} names {name!r}, which lies outside the corpus; do not use it")
+    manifest, remedy = read_manifest(path)
     verify_files(path, manifest["files"], remedy)
     corpus = Corpus(path, manifest)
     check_ids(corpus, remedy)
@@ -241,17 +214,6 @@ def check_no_leak(corpus: Corpus, remedy: str) -> None:
                 f"data leak in {corpus.path}: the shards of split {split} hold {size} ids, its documents "
                 f"{ends[-1] if len(ends) else 0}; {remedy}"
             )
-
-
-def content_key(tokens: NDArray[np.unsignedinteger]) -> int:
-    """The first 8 bytes of the sha256 of a document's ids, as a number."""
-    return int.from_bytes(hashlib.sha256(tokens.tobytes()).digest()[:8], "little")
-
-
-def manifest_sha256(manifest: Mapping[str, Any]) -> str:
-    """sha256 of everything in a manifest but this digest itself."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256_of_the_rest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def split_index(split: str) -> int:
