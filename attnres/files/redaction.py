@@ -1,11 +1,12 @@
-"""Secrets in commands and configurations, masked before they are stored, logged or shown."""
+"""Secrets in commands and configurations, masked before they are stored, logged or shown: one rule for all of them."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+MASK = "***"
 # `tokenizer` and `max_tokens` are not secrets; `token` and `hf_token` are.
-_SECRET = re.compile(r"(^|[._-])token$|secret|passw|credential|api[_-]?key|access[_-]?key", re.IGNORECASE)
+_SECRET = re.compile(r"(^|[._-])token$|secret|passw|credential|authorization|api[_-]?key|access[_-]?key", re.IGNORECASE)
 # Values that give themselves away, whatever they are called: tokens of hubs, and the user part of a URL.
 _SECRET_VALUE = re.compile(r"\b(?:hf|api_org|ghp|gho|glpat|sk)[_-][A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+@")
 
@@ -16,17 +17,17 @@ def redact(command: str) -> str:
     for i, word in enumerate(words):
         key, separator, _ = word.partition("=")
         if separator and _SECRET.search(key):
-            words[i] = f"{key}=***"
+            words[i] = f"{key}={MASK}"
         elif i and words[i - 1].startswith("--") and "=" not in words[i - 1] and _SECRET.search(words[i - 1]):
-            words[i] = "***"
-    return _SECRET_VALUE.sub("***", " ".join(words))
+            words[i] = MASK
+    return _SECRET_VALUE.sub(MASK, " ".join(words))
 
 
 def redact_values(value: Any) -> Any:
-    """`redact` for every string in plain containers, and for values whose key looks like a secret."""
+    """Masks what looks like a secret in plain containers: any value whose key does, and in texts as `redact` does."""
     if isinstance(value, Mapping):
         return {
-            key: "***" if isinstance(item, str) and _SECRET.search(str(key)) else redact_values(item)
+            key: MASK if item is not None and _SECRET.search(str(key)) else redact_values(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):

@@ -1,35 +1,25 @@
-"""Which figures a report has, section by section, each with a text for those who cannot see it."""
+"""Which figures a report has: `FIGURES` names the section of each, the table that it draws, and its builder.
+
+A new figure is a builder in `attnres.report.figures`, a line in `FIGURES` with what it is drawn of, and a place in
+`templates/figures.html.j2`, which shows `drawings.<section>`.
+"""
 
 import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-import pandas as pd
 from matplotlib.figure import Figure
 
-from attnres.depth.places import place_kind
-from attnres.report import words as words
-from attnres.report.figures import cells as figures_cells
-from attnres.report.figures import doses as figures_doses
-from attnres.report.figures import effects as figures_effects
-from attnres.report.figures import forest as figures_forest
-from attnres.report.figures import maps as figures
-from attnres.report.figures import plotting
+from attnres.depth.places import WHOLE_READ
+from attnres.report import words
+from attnres.report.figures import cells as cell_figures
+from attnres.report.figures import doses, effects, forest, maps, plotting
 from attnres.report.tables import Tables
+from attnres.tables import columns
+from attnres.tables.columns import Table
 
-SECTIONS = (
-    "routing",
-    "analytic",
-    "effects",
-    "depth",
-    "others",
-    "scatter",
-    "ranks",
-    "forest",
-    "controls",
-    "doses",
-    "ladder",
-    "contrasts",
-)
+_Source = TypeVar("_Source")
 
 
 @dataclass(frozen=True)
@@ -42,108 +32,186 @@ class Drawing:
 
     @property
     def uri(self) -> str:
+        """The figure as an address that a page can hold."""
         return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode("utf-8")).decode("ascii")
 
 
-class Album:
-    """Drawings by section, in the order in which they were added."""
+@dataclass(frozen=True)
+class Plate:
+    """One figure of a section that may have several.
 
-    def __init__(self, sections: tuple[str, ...]) -> None:
-        self.drawings: dict[str, list[Drawing]] = {name: [] for name in sections}
+    Attributes:
+        name: the end of the file's stem, after the section; may be empty.
+        alt: what the figure shows, in words.
+        arguments: of its builder.
+    """
 
-    def add(self, section: str, name: str, figure: Figure, alt: str) -> None:
-        stem = f"{section}-{name}" if name else section
-        self.drawings[section].append(Drawing(stem, plotting.to_svg(figure), " ".join(words.visible(alt).split())))
-
-
-def draw(tables: Tables) -> dict[str, list[Drawing]]:
-    """Every figure of the report, by section."""
-    album, margin, models = Album(SECTIONS), tables.margin, tables.models
-    for index, model in enumerate(models):
-        name = f"{index}-{words.slug(model)}"
-        _draw_routing(album, tables.routing[tables.routing["model"] == model], model, name)
-        _draw_effects(album, tables, model, name)
-        part = tables.primary[tables.primary["model"] == model]
-        if part["eligible"].any():
-            _draw_mass(album, part, model, name, margin, ranked=model == tables.trained)
-        _draw_series(album, tables.cells[tables.cells["model"] == model], model, name, margin)
-    mine = tables.cells[(tables.cells["model"] == tables.trained) & (tables.cells["family"] != "read")]
-    kinds = [k for k in tables.interventions if plotting.dose(k) in (None, 0.0)]
-    side = mine[mine["intervention"].isin(kinds)]
-    if side["intervention"].nunique() > 1:
-        figure = figures_forest.effect_forest(side, kinds, margin, by="intervention")
-        alt = f"{tables.trained}: effects of {', '.join(kinds)} side by side in every cell, against ±{margin:g} nat."
-        album.add("controls", "", figure, alt)
-    album.add(
-        "forest",
-        "",
-        figures_forest.effect_forest(tables.primary, models, margin),
-        f"Effects with 95% intervals of every cell and model against the band of ±{margin:g} nats/token.",
-    )
-    if len(tables.primary_contrasts):
-        figure = figures_forest.contrast_forest(tables.primary_contrasts, models, margin)
-        alt = f"Trained minus baseline effect of every shared cell against the band of ±{margin:g} nats/token."
-        album.add("contrasts", "", figure, alt)
-    return album.drawings
+    name: str
+    alt: str
+    arguments: Mapping[str, Any]
 
 
-def _draw_routing(album: Album, reads: pd.DataFrame, model: str, name: str) -> None:
-    if len(reads):
-        means = reads[reads["num_sources"] > 1].groupby("role")["weight"].mean()
-        text = ", ".join(f"{role} {means[role]:.2f}" for role in plotting.ordered(means.index, plotting.DRAWN_FAMILIES))
-        alt = f"{model}: routing weight by layer and source; mean weight of a source by family: {text}."
-        album.add("routing", name, figures.routing_heatmap(reads, model), alt)
-    known = reads[reads["analytic"].notna() & (reads["num_sources"] > 1)]
-    if len(known):
-        worst = (known["weight"] - known["analytic"]).abs().max()
-        alt = f"{model}: measured weights on the analytic line; the largest deviation is {worst:.1e}."
-        album.add("analytic", name, figures.analytic_lines(reads, model), alt)
+@dataclass(frozen=True)
+class FigureEntry(Generic[_Source]):
+    """The figures of one section.
+
+    Attributes:
+        section: where they stand.
+        table: the file whose rows they draw.
+        builder: makes the figure.
+        plates: what is drawn of the source, the tables of a probe for example; nothing where there is nothing to show.
+    """
+
+    section: str
+    table: Table
+    builder: Callable[..., Figure]
+    plates: Callable[[_Source], Iterator[Plate]]
 
 
-def _draw_effects(album: Album, tables: Tables, model: str, name: str) -> None:
-    """Maps of the effects: the main intervention in the open, the others apart."""
+def draw(entries: Sequence[FigureEntry[_Source]], source: _Source) -> dict[str, list[Drawing]]:
+    """Every figure, by section; a section may be empty."""
+    drawings: dict[str, list[Drawing]] = {}
+    for entry in entries:
+        drawn = drawings.setdefault(entry.section, [])
+        for plate in entry.plates(source):
+            stem = f"{entry.section}-{plate.name}" if plate.name else entry.section
+            svg = plotting.to_svg(entry.builder(**plate.arguments))
+            drawn.append(Drawing(stem, svg, " ".join(words.visible(plate.alt).split())))
+    return drawings
+
+
+def _models(tables: Tables) -> Iterator[tuple[str, str]]:
+    """Each model, and its name in files."""
+    for index, model in enumerate(tables.models):
+        yield model, f"{index}-{words.slug(model)}"
+
+
+def _routing(tables: Tables) -> Iterator[Plate]:
+    for model, name in _models(tables):
+        reads = tables.routing[tables.routing["model"] == model]
+        if len(reads):
+            means = reads[reads["num_sources"] > 1].groupby("role")["weight"].mean()
+            roles = plotting.ordered(means.index, plotting.DRAWN_FAMILIES)
+            text = ", ".join(f"{role} {means[role]:.2f}" for role in roles)
+            alt = f"{model}: routing weight by layer and source; mean weight of a source by family: {text}."
+            yield Plate(name, alt, {"routing": reads, "title": model})
+
+
+def _analytic(tables: Tables) -> Iterator[Plate]:
+    for model, name in _models(tables):
+        reads = tables.routing[tables.routing["model"] == model]
+        known = reads[reads["analytic"].notna() & (reads["num_sources"] > 1)]
+        if len(known):
+            worst = (known["weight"] - known["analytic"]).abs().max()
+            alt = f"{model}: measured weights on the analytic line; the largest deviation is {worst:.1e}."
+            yield Plate(name, alt, {"routing": reads, "title": model})
+
+
+def _effects(tables: Tables) -> Iterator[Plate]:
+    return _maps(tables, [tables.intervention], along_depth=False)
+
+
+def _depth(tables: Tables) -> Iterator[Plate]:
+    return _maps(tables, [tables.intervention], along_depth=True)
+
+
+def _others(tables: Tables) -> Iterator[Plate]:
+    return _maps(tables, [kind for kind in tables.interventions if kind != tables.intervention])
+
+
+def _maps(tables: Tables, interventions: Sequence[str], along_depth: bool | None = None) -> Iterator[Plate]:
+    """Maps of effects: of every model and intervention, over bands, along the depth, or over both."""
     cells, margin = tables.cells, tables.margin
     limit = plotting.effect_limit(cells[cells["eligible"]], margin)
-    several = len(tables.interventions) > 1
-    for kind in tables.interventions:
-        part = cells[(cells["model"] == model) & (cells["intervention"] == kind) & (cells["family"] != "read")]
-        heading, stem = (f"{model}: {kind}", f"{name}-{words.slug(kind)}") if several else (model, name)
-        for along_depth in (False, True):
-            rows = part[part["band"].map(_along_depth) == along_depth]
-            if rows.empty:
-                continue
-            counts = ", ".join(f"{n} {v}" for v, n in rows["verdict"].value_counts(sort=False).items())
-            where = "sublayer and place along the depth" if along_depth else "sublayer and band"
-            alt = f"{heading}: effect by family, {where}; {counts}. The values are in the table of cells."
-            form = figures_effects.place_map if along_depth else figures_effects.effect_map
-            section = "others" if kind != tables.intervention else "depth" if along_depth else "effects"
-            suffix = "-depth" if along_depth and section == "others" else ""
-            album.add(section, stem + suffix, form(rows, heading, limit, margin), alt)
+    for model, name in _models(tables):
+        for kind in interventions:
+            mine = cells[(cells["model"] == model) & (cells["intervention"] == kind) & (cells["family"] != WHOLE_READ)]
+            several = len(tables.interventions) > 1
+            heading, stem = (f"{model}: {kind}", f"{name}-{words.slug(kind)}") if several else (model, name)
+            for deep in (False, True) if along_depth is None else (along_depth,):
+                rows = mine[mine["band"].map(effects.along_depth) == deep]
+                if rows.empty:
+                    continue
+                counts = ", ".join(f"{n} {verdict}" for verdict, n in rows["verdict"].value_counts(sort=False).items())
+                where = "sublayer and place along the depth" if deep else "sublayer and band"
+                alt = f"{heading}: effect by family, {where}; {counts}. The values are in the table of cells."
+                suffix = "-depth" if deep and along_depth is None else ""
+                yield Plate(stem + suffix, alt, {"cells": rows, "title": heading, "limit": limit, "margin": margin})
 
 
-def _along_depth(place: str) -> bool:
-    return place_kind(place) in ("layer", "block", "read")
+def _scatter(tables: Tables) -> Iterator[Plate]:
+    for model, name in _models(tables):
+        mine = tables.primary[tables.primary["model"] == model]
+        if mine["eligible"].any():
+            alt = (
+                f"{model}: effect against raw mass, norm-aware share and displacement, {mine['eligible'].sum()} cells; "
+                "the values are in the table of cells."
+            )
+            yield Plate(name, alt, {"cells": mine, "title": model, "margin": tables.margin})
 
 
-def _draw_mass(album: Album, part: pd.DataFrame, model: str, name: str, margin: float, ranked: bool) -> None:
-    alt = (
-        f"{model}: effect against raw mass, norm-aware share and displacement, {part['eligible'].sum()} cells; "
-        "the values are in the table of cells."
-    )
-    album.add("scatter", name, figures_cells.mass_effect_scatter(part, model, margin), alt)
-    if ranked:
-        alt = f"{model}: cells ranked by raw mass, by norm-aware share, by displacement and by effect."
-        album.add("ranks", name, figures_cells.rank_slopegraph(part, model), alt)
+def _ranks(tables: Tables) -> Iterator[Plate]:
+    for model, name in _models(tables):
+        mine = tables.primary[tables.primary["model"] == model]
+        if model == tables.trained and mine["eligible"].any():
+            alt = f"{model}: cells ranked by raw mass, by norm-aware share, by displacement and by effect."
+            yield Plate(name, alt, {"cells": mine, "title": model})
 
 
-def _draw_series(album: Album, cells: pd.DataFrame, model: str, name: str, margin: float) -> None:
-    """What only some runs have: several doses, interventions on whole reads."""
-    doses = {d for d in map(plotting.dose, cells["intervention"].unique()) if d}
-    if doses:
-        alt = f"{model}: effect of scaling a family's odds by {', '.join(f'{d:g}' for d in sorted(doses))} and by 0."
-        album.add("doses", name, figures_doses.dose_response(cells, model, margin), alt)
-    whole = figures_doses.rungs(cells)
-    if whole["eligible"].any():
-        kinds = ", ".join(dict.fromkeys(whole["intervention"]))
-        alt = f"{model}: loss over the clean run when whole reads are replaced: {kinds}."
-        album.add("ladder", name, figures_doses.read_ladder(cells, model, margin), alt)
+def _forest(tables: Tables) -> Iterator[Plate]:
+    alt = f"Effects with 95% intervals of every cell and model against the band of ±{tables.margin:g} nats/token."
+    yield Plate("", alt, {"cells": tables.primary, "models": tables.models, "margin": tables.margin})
+
+
+def _controls(tables: Tables) -> Iterator[Plate]:
+    """The trained model's cells under every intervention on a family, side by side."""
+    kinds = [kind for kind in tables.interventions if plotting.dose(kind) in (None, 0.0)]
+    mine = tables.cells[(tables.cells["model"] == tables.trained) & (tables.cells["family"] != WHOLE_READ)]
+    side = mine[mine["intervention"].isin(kinds)]
+    if side["intervention"].nunique() > 1:
+        names, margin = ", ".join(kinds), tables.margin
+        alt = f"{tables.trained}: effects of {names} side by side in every cell, against ±{margin:g} nat."
+        yield Plate("", alt, {"cells": side, "models": kinds, "margin": margin, "by": "intervention"})
+
+
+def _doses(tables: Tables) -> Iterator[Plate]:
+    for model, name in _models(tables):
+        mine = tables.cells[tables.cells["model"] == model]
+        factors = {dose for dose in map(plotting.dose, mine["intervention"].unique()) if dose}
+        if factors:
+            text = ", ".join(f"{factor:g}" for factor in sorted(factors))
+            alt = f"{model}: effect of scaling a family's odds by {text} and by 0."
+            yield Plate(name, alt, {"cells": mine, "title": model, "margin": tables.margin})
+
+
+def _ladder(tables: Tables) -> Iterator[Plate]:
+    for model, name in _models(tables):
+        mine = tables.cells[tables.cells["model"] == model]
+        whole = doses.rungs(mine)
+        if whole["eligible"].any():
+            kinds = ", ".join(dict.fromkeys(whole["intervention"]))
+            alt = f"{model}: loss over the clean run when whole reads are replaced: {kinds}."
+            yield Plate(name, alt, {"cells": mine, "title": model, "margin": tables.margin})
+
+
+def _contrasts(tables: Tables) -> Iterator[Plate]:
+    contrasts = tables.primary_contrasts
+    if len(contrasts):
+        alt = f"Trained minus baseline effect of every shared cell against the band of ±{tables.margin:g} nats/token."
+        yield Plate("", alt, {"contrasts": contrasts, "models": tables.models, "margin": tables.margin})
+
+
+FIGURES: tuple[FigureEntry[Tables], ...] = (
+    FigureEntry("routing", columns.ROUTING, maps.routing_heatmap, _routing),
+    FigureEntry("analytic", columns.ROUTING, maps.analytic_lines, _analytic),
+    FigureEntry("effects", columns.CELLS, effects.effect_map, _effects),
+    FigureEntry("depth", columns.CELLS, effects.place_map, _depth),
+    FigureEntry("others", columns.CELLS, effects.any_map, _others),
+    FigureEntry("scatter", columns.CELLS, cell_figures.mass_effect_scatter, _scatter),
+    FigureEntry("ranks", columns.CELLS, cell_figures.rank_slopegraph, _ranks),
+    FigureEntry("forest", columns.CELLS, forest.effect_forest, _forest),
+    FigureEntry("controls", columns.CELLS, forest.effect_forest, _controls),
+    FigureEntry("doses", columns.CELLS, doses.dose_response, _doses),
+    FigureEntry("ladder", columns.CELLS, doses.read_ladder, _ladder),
+    FigureEntry("contrasts", columns.CONTRASTS, forest.contrast_forest, _contrasts),
+)

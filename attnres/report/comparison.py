@@ -4,38 +4,37 @@ The first run is the one that the others are compared with. Effects are in nats/
 own under six.
 """
 
-import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from attnres.errors import AttnResError, StorageError
-from attnres.report import words as words
-from attnres.report.album import Album, Drawing
-from attnres.report.figures import doses as figures_doses
-from attnres.report.figures import forest as figures_forest
-from attnres.report.page import render_html, render_text, write_file
-from attnres.report.runs import (
-    Run,
-    cautions,
-    differences,
-    read_effects,
-    read_runs,
-    seed_groups,
-    trainings,
-)
-from attnres.report.tables import one_line
+from attnres.errors import AttnResError
+from attnres.report import words
+from attnres.report.album import FigureEntry, Plate, draw
+from attnres.report.figures import doses, forest
+from attnres.report.page import render_html, render_text, write_report_files
+from attnres.report.runs import Run, cautions, differences, read_effects, read_runs, seed_groups, trainings
 from attnres.statistics.cells import contrast_table
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.inference import sign_flip_p
+from attnres.tables import columns
+from attnres.tables.folder import one_line
 
-SECTIONS = ("side", "seeds", "steps", "paired")
 LEAST_SEEDS = 6
-_CELL = ["cell", "family", "sublayer", "band"]
+_CELL = ["cell", *columns.SLICE]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Several probes: the runs, the first of them first, and how it differs from each other one."""
+
+    runs: Sequence[Run]
+    contrasts: pd.DataFrame
 
 
 def default_folder(folders: Sequence[Path]) -> Path:
@@ -58,7 +57,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     """
     runs = read_runs(folders)
     contrasts, why_not = paired_contrasts(runs)
-    drawings = _draw(runs, contrasts)
+    drawings = draw(FIGURES, Compared(runs, contrasts))
     varied, same = differences(runs)
     names = {"claims": "Claims", "runs": "Runs", "differ": "Differences", "side": "Effects", "seeds": "Seeds",
              "steps": "Training", "paired": "Paired", "cells": "All cells", "provenance": "Folders"}  # fmt: skip
@@ -82,22 +81,19 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         "cells": _cells(runs),
         "sections": [(anchor, name) for anchor, name in names.items() if kept.get(anchor, True)],
     }
-    html, text = render_html("compare.html.j2", context), render_text("compare.md.j2", context)
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make {out} ({one_line(error)}): name another folder with --out") from error
-    for drawing in (d for section in drawings.values() for d in section):
-        write_file(out, f"figures/{drawing.stem}.svg", drawing.svg)
-    write_file(out, "contrasts.csv", contrasts.to_csv(index=False))
-    write_file(out, "report.md", text)
-    return write_file(out, "report.html", html)
+    files = {
+        "contrasts.csv": contrasts.to_csv(index=False),
+        "report.md": render_text("compare.md.j2", context),
+        "report.html": render_html("compare.html.j2", context),
+    }
+    write_report_files(out, files, drawings)
+    return out / "report.html"
 
 
 def paired_contrasts(runs: Sequence[Run]) -> tuple[pd.DataFrame, str]:
     """The first run's effect less each other's, paired by window, averaged and tested by document; or why not.
 
-    The tests are those of `contrasts.csv`, with the other runs in the place of baselines and the first run's settings.
+    The tests are those of `contrasts.csv`, as the first run's were, with the other runs in the place of baselines.
     """
     empty = pd.DataFrame(columns=["baseline", *_CELL, "diff", "diff_lo", "diff_hi", "p_holm", "verdict"])
     if len({run.windows for run in runs}) > 1:
@@ -106,7 +102,7 @@ def paired_contrasts(runs: Sequence[Run]) -> tuple[pd.DataFrame, str]:
         return empty, "The runs do not share the probed model's name and intervention."
     eligibility = pd.concat([run.cells.assign(model=run.label) for run in runs], ignore_index=True)
     effects = pd.concat([read_effects(run) for run in runs], ignore_index=True)
-    known = {field.name for field in dataclasses.fields(StatisticsConfig)}
+    known = {field.name for field in fields(StatisticsConfig)}
     given = {k: v for k, v in runs[0].tables.summary["statistics"].items() if k in known}
     try:
         return contrast_table(effects, eligibility, StatisticsConfig(**given), runs[0].label), ""
@@ -132,49 +128,69 @@ def seed_table(group: Sequence[Run]) -> pd.DataFrame:
     return table
 
 
-def _draw(runs: Sequence[Run], contrasts: pd.DataFrame) -> dict[str, list[Drawing]]:
-    album, margin = Album(SECTIONS), runs[0].tables.margin
-    labels = [run.label for run in runs]
-    everything = pd.concat([run.cells for run in runs], ignore_index=True)
-    seeds = seed_groups(runs)
-    if not any(len(group) == len(runs) for group in seeds):  # the same figure
+def _side(compared: Compared) -> Iterator[Plate]:
+    runs, margin = compared.runs, compared.runs[0].tables.margin
+    if not any(len(group) == len(runs) for group in seed_groups(runs)):  # that would be the same figure
         alt = f"Effects with 95% intervals of {len(runs)} runs in every cell, against ±{margin:g} nats/token."
-        album.add("side", "", figures_forest.effect_forest(everything, labels, margin, by="run"), alt)
-    for index, group in enumerate(seeds):
-        part = pd.concat([run.cells for run in group], ignore_index=True)
-        names = [run.label for run in group]
+        yield Plate("", alt, _side_by_side(runs, margin))
+
+
+def _seeds(compared: Compared) -> Iterator[Plate]:
+    for index, group in enumerate(seed_groups(compared.runs)):
         alt = f"{group[0].experiment}: effects of {len(group)} seeds side by side in every cell."
-        album.add("seeds", str(index), figures_forest.effect_forest(part, names, margin, by="run"), alt)
-    for index, group in enumerate(trainings(runs)):
-        part = pd.concat([run.cells for run in group], ignore_index=True)
+        yield Plate(str(index), alt, _side_by_side(group, compared.runs[0].tables.margin))
+
+
+def _side_by_side(runs: Sequence[Run], margin: float) -> dict[str, Any]:
+    cells = pd.concat([run.cells for run in runs], ignore_index=True)
+    return {"cells": cells, "models": [run.label for run in runs], "margin": margin, "by": "run"}
+
+
+def _steps(compared: Compared) -> Iterator[Plate]:
+    for index, group in enumerate(trainings(compared.runs)):
+        cells = pd.concat([run.cells for run in group], ignore_index=True)
         steps = ", ".join(f"{run.step:g}" for run in group)
         alt = f"{group[0].run}: effects of every cell at training steps {steps}."
-        album.add("steps", str(index), figures_doses.trajectory(part, group[0].run, margin), alt)
-    if len(contrasts):
-        subtracted = f"{words.visible(labels[0])[:40]} − other"
-        figure = figures_forest.contrast_forest(contrasts, labels, margin, subtracted)
-        album.add("paired", "", figure, f"Effect of {labels[0]} less that of each other run in every shared cell.")
-    return album.drawings
+        margin = compared.runs[0].tables.margin
+        yield Plate(str(index), alt, {"cells": cells, "title": group[0].run, "margin": margin})
+
+
+def _paired(compared: Compared) -> Iterator[Plate]:
+    labels = [run.label for run in compared.runs]
+    if len(compared.contrasts):
+        alt = f"Effect of {labels[0]} less that of each other run in every shared cell."
+        arguments = {"contrasts": compared.contrasts, "models": labels, "margin": compared.runs[0].tables.margin}
+        yield Plate("", alt, arguments | {"names": f"{words.visible(labels[0])[:40]} − other"})
+
+
+# As `attnres.report.album.FIGURES`, of several probes.
+FIGURES: tuple[FigureEntry[Compared], ...] = (
+    FigureEntry("side", columns.CELLS, forest.effect_forest, _side),
+    FigureEntry("seeds", columns.CELLS, forest.effect_forest, _seeds),
+    FigureEntry("steps", columns.CELLS, doses.trajectory, _steps),
+    FigureEntry("paired", columns.CONTRASTS, forest.contrast_forest, _paired),
+)
 
 
 def _claims(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Every claim of any run, with each run's row for it (empty where it has none)."""
-    told = [{str(c.get("claim")): c for c in run.tables.summary["claims"]} for run in runs]
-    return [
-        (claim, [rows.get(claim, {}) for rows in told]) for claim in dict.fromkeys(c for rows in told for c in rows)
-    ]
+    by_run = [{str(row.get("claim")): row for row in run.tables.summary["claims"]} for run in runs]
+    claims = dict.fromkeys(claim for rows in by_run for claim in rows)
+    return [(claim, [rows.get(claim, {}) for rows in by_run]) for claim in claims]
 
 
 def _against_baselines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """How the contrasts of each run with each of its baselines came out."""
     rows = []
     for run in runs:
-        for baseline, part in run.tables.primary_contrasts.groupby("baseline", sort=False):
-            rows.append({"run": run.label, "baseline": baseline, "counts": part["verdict"].value_counts().to_dict()})
+        for baseline, contrasts in run.tables.primary_contrasts.groupby("baseline", sort=False):
+            counts = contrasts["verdict"].value_counts().to_dict()
+            rows.append({"run": run.label, "baseline": baseline, "counts": counts})
     return rows
 
 
 def _cells(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row per cell of any run: its record in each, None where a run has it not."""
-    found = [{r["cell"]: r for r in run.cells.to_dict("records")} for run in runs]
-    return [{"cell": c, "records": [t.get(c) for t in found]} for c in dict.fromkeys(c for t in found for c in t)]
+    by_run = [{row["cell"]: row for row in run.cells.to_dict("records")} for run in runs]
+    cells = dict.fromkeys(cell for rows in by_run for cell in rows)
+    return [{"cell": cell, "records": [rows.get(cell) for rows in by_run]} for cell in cells]

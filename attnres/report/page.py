@@ -7,8 +7,7 @@ their hashes. Everything from a table is escaped, because a token, a path or a c
 import base64
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import jinja2
 from markupsafe import Markup
 
 from attnres import faults
-from attnres.errors import ConfigError, StorageError
-from attnres.report import words as words
-from attnres.report.figures import plotting
-from attnres.report.tables import one_line
+from attnres.errors import ConfigError
+from attnres.files.whole_files import storage_errors, write_text
+from attnres.report import words
+from attnres.report.album import Drawing
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -53,8 +52,8 @@ def _environment(autoescape: bool) -> jinja2.Environment:
         "interval": words.interval,
         "cell_name": words.cell_name,
         "table": words.markdown_table,
-        "sublayers": plotting.SUBLAYER_NAMES,
-        "measures": {"mass": "raw mass", "norm_share": "norm-aware share", "displacement": "displacement"},
+        "sublayers": words.SUBLAYER_NAMES,
+        "measures": words.MEASURE_NAMES,
     }
     return env
 
@@ -76,24 +75,31 @@ def render_text(template: str, context: Mapping[str, Any]) -> str:
     return _environment(autoescape=False).get_template(template).render(**context)
 
 
-def write_file(folder: Path, name: str, text: str) -> Path:
-    """Writes one file inside `folder` as a whole or not at all.
+def write_report_files(out: Path, files: Mapping[str, str], drawings: Mapping[str, Sequence[Drawing]]) -> None:
+    """Writes the figures and then `files`, each whole or not at all.
+
+    Args:
+        out: the folder; made if it is missing.
+        files: name -> text, in the order in which they are written.
+        drawings: the figures by section, written as `figures/<stem>.svg`.
 
     Raises:
-        ConfigError: the name is a link that leads out of the folder.
-        StorageError: it cannot be written.
+        ConfigError: a name is a link that leads out of the folder.
+        StorageError: a file cannot be written.
     """
-    path, part = folder / name, folder / f"{name}.part"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"{path} is a link out of the probe folder: remove it and draw the report again")
-        part.unlink(missing_ok=True)  # left by a kill, or a link: neither is written through
-        with part.open("xb") as file:
-            file.write(text.encode("utf-8", errors="replace"))
-        faults.point("report.write")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path} ({one_line(error)}): free space or make it writable") from error
-    return path
+    figures = {f"figures/{drawing.stem}.svg": drawing.svg for section in drawings.values() for drawing in section}
+    with storage_errors(out, "name another folder with --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    for name, text in (figures | dict(files)).items():
+        with storage_errors(out / name, "free space or make it writable"):
+            _write(out, name, text)
+
+
+def _write(out: Path, name: str, text: str) -> None:
+    path = out / name
+    path.parent.mkdir(exist_ok=True)
+    if not path.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"{path} is a link out of the probe folder: remove it and draw the report again")
+    faults.point("report.write")
+    # What UTF-8 cannot hold, half a surrogate pair in a name, becomes a question mark.
+    write_text(path, text.encode("utf-8", errors="replace").decode("utf-8"))

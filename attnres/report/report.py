@@ -8,12 +8,11 @@ their runs (`attnres.report.comparison`). Effects are in nats/token.
 from pathlib import Path
 from typing import Any
 
-from attnres.errors import StorageError
-from attnres.report import words as words
-from attnres.report.album import Drawing, draw
-from attnres.report.page import render_html, render_text, write_file
-from attnres.report.tables import Tables, one_line, read_tables
-from attnres.report.viewer import read_viewer
+from attnres.report import words
+from attnres.report.album import FIGURES, Drawing, draw
+from attnres.report.page import render_html, render_text, write_report_files
+from attnres.report.tables import Tables, read_tables
+from attnres.report.viewer import viewer_data
 
 _SECTIONS = {
     "claims": "Claims",
@@ -50,23 +49,17 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     folder = Path(folder)
     out = folder if out is None else Path(out)
     tables = read_tables(folder)
-    context = _context(tables, draw(tables)) | {"viewer": read_viewer(folder)}
+    drawings = draw(FIGURES, tables)
+    context = _context(tables, drawings) | {"viewer": viewer_data(folder)}
     kept = {
-        "doses": bool(context["drawings"]["doses"] or context["drawings"]["ladder"]),
+        "doses": bool(drawings["doses"] or drawings["ladder"]),
         "viewer": context["viewer"],
         "motifs": context["motifs"],
     }
     context["sections"] = [(anchor, name) for anchor, name in _SECTIONS.items() if kept.get(anchor, True)]
-    html = render_html("report.html.j2", context)
-    text = render_text("report.md.j2", context)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make {out} ({one_line(error)}): name another folder") from error
-    for drawing in (d for section in context["drawings"].values() for d in section):
-        write_file(out, f"figures/{drawing.stem}.svg", drawing.svg)
-    write_file(out, "report.md", text)
-    return write_file(out, "report.html", html)
+    text, html = render_text("report.md.j2", context), render_html("report.html.j2", context)
+    write_report_files(out, {"report.md": text, "report.html": html}, drawings)
+    return out / "report.html"
 
 
 def _context(tables: Tables, drawings: dict[str, list[Drawing]]) -> dict[str, Any]:
@@ -84,7 +77,7 @@ def _context(tables: Tables, drawings: dict[str, list[Drawing]]) -> dict[str, An
         "contrasts": tables.contrasts.to_dict("records"),
         "motifs": words.motifs(tables),
         "clashes": words.disagreements(tables.against_baselines),
-        "provenance": words.redact(tables.summary.get("provenance", {})),
-        "preregistration": words.redact(tables.preregistration),
+        "provenance": tables.summary["provenance"],
+        "preregistration": tables.preregistration,
         "sample": [(split, rows["document"].nunique(), len(rows)) for split, rows in windows],
     }

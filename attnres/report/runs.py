@@ -11,12 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from attnres.errors import ConfigError, DataError
-from attnres.report import words as words
-from attnres.report.tables import Tables, one_line, read_tables
+from attnres.errors import ConfigError
+from attnres.report import words
+from attnres.report.tables import Tables, read_tables
+from attnres.tables import columns
+from attnres.tables.folder import read_table
 
 _ABSENT = "–"
-_EFFECT_COLUMNS = ("model", "window", "document", "split", "cell", "intervention", "family", "sublayer", "band", "dnll")
+_EFFECT_COLUMNS = ("model", "window", "document", "split", "cell", "intervention", *columns.SLICE, "dnll")
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     if len({Path(f).resolve() for f in folders}) != len(folders):
         raise ConfigError("a folder is named twice: name each probe once")
-    found = [(Path(folder), read_tables(Path(folder))) for folder in folders]
-    facts = [_facts(folder, tables) for folder, tables in found]
+    read = [(Path(folder), read_tables(Path(folder))) for folder in folders]
+    facts = [_facts(folder, tables) for folder, tables in read]
     return [
-        Run(label, folder, tables, **fact)
-        for label, (folder, tables), fact in zip(_labels(facts, folders), found, facts, strict=True)
+        Run(label=label, folder=folder, tables=tables, **fact)
+        for label, (folder, tables), fact in zip(_labels(facts, folders), read, facts, strict=True)
     ]
 
 
@@ -80,11 +82,7 @@ def read_effects(run: Run) -> pd.DataFrame:
     Raises:
         DataError: the table lacks a column.
     """
-    path = run.folder / "effects.parquet"
-    try:
-        effects = pd.read_parquet(path, columns=list(_EFFECT_COLUMNS))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}): run the probe again") from error
+    effects = read_table(run.folder, columns.EFFECTS, only=_EFFECT_COLUMNS)
     mine = effects[(effects["model"] == run.tables.trained) & effects["cell"].isin(run.cells["cell"])]
     return mine.assign(model=run.label)
 
@@ -95,10 +93,7 @@ def _described(tables: Tables) -> Mapping[str, Any]:
 
 def _facts(folder: Path, tables: Tables) -> dict[str, Any]:
     model = _described(tables)
-    # Older summaries have the path alone: runs/<experiment>-<hash>/checkpoints/step_<n>/model.
-    parts = Path(str(model.get("path") or "")).parts
-    at = parts.index("checkpoints") if "checkpoints" in parts else 0
-    run = str(model.get("run") or (parts[at - 1] if at else folder.name))
+    run = str(model.get("run") or folder.name)
     step = model.get("step")
     return {
         "run": run,
@@ -113,11 +108,11 @@ def _labels(facts: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> list
     varied = [key for key in ("experiment", "seed", "step") if len({fact[key] for fact in facts}) > 1]
     labels = []
     for fact in facts:
-        parts = [words.visible(fact["experiment"])[:36]] if "experiment" in varied or not varied else []
-        parts += [f"seed {fact['seed']}"[:24]] if "seed" in varied else []
+        label = [words.visible(fact["experiment"])[:36]] if "experiment" in varied or not varied else []
+        label += [f"seed {fact['seed']}"[:24]] if "seed" in varied else []
         if "step" in varied:
-            parts.append("no step" if fact["step"] is None else f"step {fact['step']:g}")
-        labels.append(words.visible(" ".join(parts)))
+            label.append("no step" if fact["step"] is None else f"step {fact['step']:g}")
+        labels.append(words.visible(" ".join(label)))
     named = [
         f"{label} ({words.visible(Path(folder).name)[-24:]})" if labels.count(label) > 1 else label
         for label, folder in zip(labels, folders, strict=True)
@@ -131,8 +126,8 @@ def trainings(runs: Sequence[Run]) -> list[list[Run]]:
     for run in runs:
         if run.step is not None:
             groups.setdefault(run.run, []).append(run)
-    found = [sorted(group, key=lambda r: r.step or 0.0) for group in groups.values()]
-    return [group for group in found if len({r.step for r in group}) > 1]
+    by_step = [sorted(group, key=lambda r: r.step or 0.0) for group in groups.values()]
+    return [group for group in by_step if len({r.step for r in group}) > 1]
 
 
 def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
@@ -145,14 +140,15 @@ def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 def differences(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str]]], int]:
     """Every setting that is not the same in all runs, as (dotted name, value per run); and how many are the same."""
-    flat = [_flatten(words.redact(_settings(run))) for run in runs]
+    flat = [_flatten(_recorded(run)) for run in runs]
     names = list(dict.fromkeys(name for table in flat for name in table))
     rows = [(name, [table.get(name, _ABSENT) for table in flat]) for name in names]
     varied = [(name, values) for name, values in rows if len(set(values)) > 1]
     return varied, len(rows) - len(varied)
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _recorded(run: Run) -> dict[str, Any]:
+    """What a run says of how it was trained and probed."""
     model, summary = dict(run.described), run.tables.summary
     training = model.pop("training", None)
     provenance = summary["provenance"]
@@ -173,14 +169,14 @@ def _settings(run: Run) -> dict[str, Any]:
 def _flatten(value: Any, name: str = "") -> dict[str, str]:
     if isinstance(value, Mapping):
         return {
-            k: v for key, part in value.items() for k, v in _flatten(part, f"{name}.{key}" if name else key).items()
+            k: v for key, item in value.items() for k, v in _flatten(item, f"{name}.{key}" if name else key).items()
         }
     return {name: _ABSENT if value is None else value if isinstance(value, str) else json.dumps(value, default=str)}
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
     """What a reader of the comparison must know first."""
-    found = []
+    texts = []
     for what, values, remedy in (
         ("the same text", [_hash(r, "data") for r in runs], "effects are of different documents"),
         ("the same tokenizer", [_hash(r, "tokenizer") for r in runs], "nats/token are not of the same tokens"),
@@ -190,15 +186,15 @@ def cautions(runs: Sequence[Run]) -> list[str]:
         ("one main intervention", [r.tables.intervention for r in runs], "effects are of different edits"),
     ):
         if len(set(values)) > 1:
-            found.append(f"The runs do not share {what}: {remedy}.")
+            texts.append(f"The runs do not share {what}: {remedy}.")
     listed = [set(r.cells["cell"]) for r in runs]
     common = set.intersection(*listed)
     if any(cells != common for cells in listed):
         count = len(set.union(*listed))
-        found.append(f"The runs do not hold the same cells: {len(common)} of {count} are in all of them.")
+        texts.append(f"The runs do not hold the same cells: {len(common)} of {count} are in all of them.")
     for run in runs:
-        found += [f"{run.label}: {text}" for text in words.warnings(run.tables)]
-    return found
+        texts += [f"{run.label}: {text}" for text in words.warnings(run.tables)]
+    return texts
 
 
 def _hash(run: Run, name: str) -> Any:

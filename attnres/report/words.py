@@ -4,32 +4,42 @@ Nothing here is markup: the HTML template escapes what it is given, and `markdow
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from attnres.report.figures.plotting import SUBLAYER_NAMES, number, plain
 from attnres.report.tables import DISCOVERY, Tables
-from attnres.statistics.motifs import MOTIF_COLUMNS
+from attnres.tables import columns
+from attnres.tables.names import ContrastVerdict, Measure, MotifVerdict, Verdict
 
-_SECRET = re.compile(r"(?i)(passw|secret|credential|api_?key|access_?key|^token$|_token$|authorization)")
-# Settings of a probe that say which cells and models it measures, and how fast.
+SUBLAYER_NAMES = {"attn": "attention", "mlp": "MLP", "final": "final read", "": "single reads"}
+MEASURE_NAMES = {
+    Measure.MASS: "raw mass",
+    Measure.NORM_SHARE: "norm-aware share",
+    Measure.DISPLACEMENT: "displacement",
+}
+# Keys of a probe that say which cells and models it measures, and how fast.
 _WHICH_CELLS = (
     *("families", "sublayers", "bands", "interventions", "controls", "places", "cells", "grid_cells"),
     *("schedules", "nulls", "batch_size", "cells_per_pass"),
 )
-_DECIDED = {
-    "trained larger": "larger than in",
-    "baseline larger": "smaller than in",
-    "equivalent": "equivalent to",
+_DECIDED: dict[str, str] = {
+    ContrastVerdict.TRAINED_LARGER: "larger than in",
+    ContrastVerdict.BASELINE_LARGER: "smaller than in",
+    ContrastVerdict.EQUIVALENT: "equivalent to",
 }
+
+
+def sublayer_name(sublayer: str) -> str:
+    """A sublayer in words; one that is unknown as it is."""
+    return SUBLAYER_NAMES.get(sublayer, sublayer)
 
 
 def cell_name(row: Mapping[str, Any]) -> str:
     """A cell in words: `embedding → early MLP`."""
-    sublayer = SUBLAYER_NAMES.get(row["sublayer"], row["sublayer"]) if row["sublayer"] else ""
+    sublayer = sublayer_name(row["sublayer"]) if row["sublayer"] else ""
     return f"{row['family']} → {row['band']} {sublayer}".strip()
 
 
@@ -40,13 +50,13 @@ def visible(text: object) -> str:
 
 def disagreements(contrasts: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
     """Cells whose decided verdict differs between baselines: (cell in words, {baseline: decided verdict})."""
-    found = []
+    clashes = []
     for _, rows in contrasts.groupby("cell", sort=False):
         decided = rows[rows["verdict"].isin(list(_DECIDED))]
         if decided["verdict"].nunique() > 1:
-            pairs = dict(zip(decided["baseline"], decided["verdict"], strict=True))
-            found.append((cell_name(decided.iloc[0].to_dict()), pairs))
-    return found
+            verdicts = dict(zip(decided["baseline"], decided["verdict"], strict=True))
+            clashes.append((cell_name(decided.iloc[0].to_dict()), verdicts))
+    return clashes
 
 
 def headline(tables: Tables) -> list[str]:
@@ -55,7 +65,7 @@ def headline(tables: Tables) -> list[str]:
     grid = tables.primary[tables.primary["model"] == trained]
     eligible = grid[grid["eligible"]]
     count = eligible["verdict"].value_counts()
-    outcome = ", ".join(f"{count.get(v, 0)} {v}" for v in ("causal", "null", "inconclusive"))
+    outcome = ", ".join(f"{count.get(v, 0)} {v}" for v in (Verdict.CAUSAL, Verdict.NULL, Verdict.INCONCLUSIVE))
     text = f"{trained}: {len(eligible)} of {len(grid)} cells could be tested: {outcome}."
     if eligible["dnll"].notna().any():
         top = eligible.loc[eligible["dnll"].abs().idxmax()].to_dict()
@@ -66,10 +76,11 @@ def headline(tables: Tables) -> list[str]:
         count = rows["verdict"].value_counts()
         lines.append(
             f"Against {baseline}, over {len(rows)} cells eligible in both: the trained effect is larger in "
-            f"{count.get('trained larger', 0)}, smaller in {count.get('baseline larger', 0)}, equivalent in "
-            f"{count.get('equivalent', 0)}, undecided in {count.get('inconclusive', 0)}."
+            f"{count.get(ContrastVerdict.TRAINED_LARGER, 0)}, smaller in "
+            f"{count.get(ContrastVerdict.BASELINE_LARGER, 0)}, equivalent in "
+            f"{count.get(ContrastVerdict.EQUIVALENT, 0)}, undecided in {count.get(ContrastVerdict.INCONCLUSIVE, 0)}."
         )
-    idle = eligible[eligible["appreciable"] & (eligible["verdict"] == "null")]
+    idle = eligible[eligible["appreciable"] & (eligible["verdict"] == Verdict.NULL)]
     names = "; ".join(cell_name(r) for r in idle.to_dict("records"))
     lines.append(
         f"Appreciable mass without a detectable role (null): {names}."
@@ -79,24 +90,25 @@ def headline(tables: Tables) -> list[str]:
     for row in tables.summary.get("dissociation", []):
         if row.get("model", trained) != trained:
             continue
-        told = {k: row.get(k) or "–" for k in ("sublayer", "largest_mass", "largest_effect", "verdict")}
+        shown = {k: row.get(k) or "–" for k in ("sublayer", "largest_mass", "largest_effect", "verdict")}
         lines.append(
-            f"In {SUBLAYER_NAMES.get(told['sublayer'], told['sublayer'])} the largest mass is "
-            f"{told['largest_mass']}, the largest effect {told['largest_effect']}: {told['verdict']}."
+            f"In {sublayer_name(shown['sublayer'])} the largest mass is "
+            f"{shown['largest_mass']}, the largest effect {shown['largest_effect']}: {shown['verdict']}."
         )
     return lines
 
 
 def motifs(tables: Tables) -> list[dict[str, Any]]:
     """Rows of the summary's motifs: all of the trained model, and what stands out in the others."""
-    rows = [{name: row.get(name) for name in MOTIF_COLUMNS} for row in tables.summary["motifs"]]
-    return [row for row in rows if row["model"] == tables.trained or row["verdict"] in ("motif", "uncontrolled")]
+    rows = [{name: row.get(name) for name in columns.MOTIFS.names} for row in tables.summary["motifs"]]
+    stands_out = (MotifVerdict.MOTIF, MotifVerdict.UNCONTROLLED)
+    return [row for row in rows if row["model"] == tables.trained or row["verdict"] in stands_out]
 
 
 def compared(claim: Mapping[str, Any]) -> Mapping[str, Any]:
     """A claim's verdict by model, against one without trained routing or in one with; empty where it has none."""
-    found = [claim.get(key) for key in ("against", "recurs")]
-    return {name: verdict for part in found if isinstance(part, Mapping) for name, verdict in part.items()}
+    against, recurs = (claim.get(key) for key in ("against", "recurs"))
+    return {**(against if isinstance(against, Mapping) else {}), **(recurs if isinstance(recurs, Mapping) else {})}
 
 
 def _inside(value: Any, *keys: str) -> Any:
@@ -107,45 +119,66 @@ def _inside(value: Any, *keys: str) -> Any:
 
 
 def warnings(tables: Tables) -> list[str]:
-    """What a reader must know before any number: baselines that disagree, a partial grid, a failed check, an
-    unverified checkpoint.
+    """What a reader must know before any number: baselines that disagree, a partial grid, earlier probes of the same
+    cells, a failed check, an unverified checkpoint, a control of another base, models on different windows.
     """
-    summary, found = tables.summary, []
+    return [
+        *_of_baselines(tables),
+        *_of_the_grid(tables.summary.get("grid", {})),
+        *_of_earlier_probes(tables.preregistration),
+        *_of_checks(tables.summary),
+        *_of_checkpoints(tables.summary),
+        *_of_windows(tables),
+    ]
+
+
+def _of_baselines(tables: Tables) -> Iterator[str]:
     clashes = disagreements(tables.against_baselines)
     if clashes:
         shared = tables.against_baselines["cell"].nunique()
         name, verdicts = clashes[0]
         against = " and ".join(f"{_DECIDED[verdict]} {baseline}" for baseline, verdict in verdicts.items())
-        found.append(
+        yield (
             f"The baselines disagree on {len(clashes)} of {shared} cells: for example, the trained effect of "
             f"{name} is {against}. What training added can only be read from a baseline that shares the "
             f"trained model's source convention: {', '.join(tables.roles.shared) or 'none of these does'}."
         )
-    grid = summary.get("grid", {})
+
+
+def _of_the_grid(grid: Mapping[str, Any]) -> Iterator[str]:
     if grid and not grid.get("complete", True):
         families = ", ".join(map(str, grid.get("families", []))) or "not stated"
-        found.append(
+        yield (
             f"This report holds part of the grid: {grid.get('run_cells', '?')} of "
             f"{grid.get('candidate_cells', '?')} candidate cells (families: {families}). Holm's correction "
             f"is over the full preregistered grid. {grid.get('note', '')}".strip()
         )
-    looks = [one for one in _rows(tables.preregistration.get("earlier_looks")) if _decisive(one.get("differs"))]
-    if looks:
-        told = "; ".join(
-            f"{one.get('folder', '?')} ({', '.join(f'{k}={v}' for k, v in _decisive(one['differs']).items())})"
-            for one in looks
+
+
+def _of_earlier_probes(registered: Mapping[str, Any]) -> Iterator[str]:
+    earlier_probes = [row for row in _rows(registered.get("earlier_looks")) if _decisive(row.get("differs"))]
+    if earlier_probes:
+        named = "; ".join(
+            f"{row.get('folder', '?')} ({', '.join(f'{k}={v}' for k, v in _decisive(row['differs']).items())})"
+            for row in earlier_probes
         )
-        found.append(
-            f"{len(looks)} earlier probe(s) of this checkpoint had results for some of these cells, under other "
-            f"settings, when this one was registered: {told}."
+        yield (
+            f"{len(earlier_probes)} earlier probe(s) of this checkpoint had results for some of these cells, under "
+            f"other settings, when this one was registered: {named}."
         )
-    failed = [c for c in summary.get("checks", []) if not c.get("passed")]
+
+
+def _of_checks(summary: Mapping[str, Any]) -> Iterator[str]:
+    failed = [check for check in summary.get("checks", []) if not check.get("passed")]
     if failed:
-        names = "; ".join(f"{c.get('name', '?')} ({c.get('model', '?')})" for c in failed)
-        found.append(f"{len(failed)} check(s) failed: {names}. The results below are not to be relied on.")
+        names = "; ".join(f"{check.get('name', '?')} ({check.get('model', '?')})" for check in failed)
+        yield f"{len(failed)} check(s) failed: {names}. The results below are not to be relied on."
+
+
+def _of_checkpoints(summary: Mapping[str, Any]) -> Iterator[str]:
     for model in summary.get("models", []):
         if model.get("verified") is False:
-            found.append(
+            yield (
                 f"The checkpoint of {model.get('name', '?')} ({model.get('path', '?')}) was loaded "
                 "unverified: it has no manifest of hashes, so nothing shows that its files are those saved."
             )
@@ -153,17 +186,20 @@ def warnings(tables: Tables) -> list[str]:
     for model in summary.get("models", []):
         began = _inside(model, "training", "init", "digest")
         if None not in (began, base) and began != base:
-            found.append(
+            yield (
                 f"{model.get('name', '?')} began from other weights than those of the vanilla baseline "
                 f"({began} against {base}): it is no control of the same base."
             )
-    seen = set()
-    for table in (tables.effects, tables.mass):
-        for _, rows in table.groupby("model"):
-            seen.add(frozenset(zip(rows["window"], rows["document"], rows["split"], strict=True)))
-    if len(seen) > 1:
-        found.append("The models were not probed on the same windows: the contrasts below are not paired.")
-    return found
+
+
+def _of_windows(tables: Tables) -> Iterator[str]:
+    drawn = {
+        frozenset(zip(rows["window"], rows["document"], rows["split"], strict=True))
+        for table in (tables.effects, tables.mass)
+        for _, rows in table.groupby("model")
+    }
+    if len(drawn) > 1:
+        yield "The models were not probed on the same windows: the contrasts below are not paired."
 
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:
@@ -171,9 +207,28 @@ def _rows(value: Any) -> list[Mapping[str, Any]]:
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
 
 
-def _decisive(settings: Any) -> dict[str, Any]:
-    """Of the settings that differ between two probes, those that can turn a verdict on one cell."""
-    return {k: v for k, v in settings.items() if k not in _WHICH_CELLS} if isinstance(settings, Mapping) else {}
+def _decisive(differs: Any) -> dict[str, Any]:
+    """Of the keys in which two probes differ, those that can turn a verdict on one cell."""
+    return {k: v for k, v in differs.items() if k not in _WHICH_CELLS} if isinstance(differs, Mapping) else {}
+
+
+def number(value: float) -> str:
+    """An effect for a reader: signed, three or four decimals, a true minus sign; an en dash for none."""
+    if not np.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    return _typeset(f"{value:{'+.1e' if size < 5e-5 else '+.4f' if size < 0.1 else '+.3f' if size < 10 else '+.1f'}}")
+
+
+def plain(value: float, _position: object = None) -> str:
+    """A number on an axis or in a table, without padding in its exponent: 0.1, −2, 1e−6."""
+    return _typeset(f"{value:.3g}")
+
+
+def _typeset(text: str) -> str:
+    return re.sub(r"e([+−])0*(\d)", r"e\1\2", text.replace("-", "−"))
 
 
 def nats(value: Any) -> str:
@@ -201,10 +256,9 @@ def probability(value: Any) -> str:
 
 def adjusted(row: Mapping[str, Any]) -> str:
     """The corrected p of a row: Holm's, or that of Benjamini and Hochberg, which says so, in a map of many places."""
-    discovery = next((row[c] for c in DISCOVERY if _is_number(row.get(c))), None)
-    if _is_number(row.get("p_holm")) or discovery is None:
+    if _is_number(row.get("p_holm")) or not _is_number(row.get(DISCOVERY)):
         return probability(row.get("p_holm"))
-    return f"{probability(discovery)} (BH)"
+    return f"{probability(row[DISCOVERY])} (BH)"
 
 
 def count(value: Any) -> str:
@@ -237,10 +291,3 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) ->
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def redact(value: Any) -> Any:
-    """The same provenance with the values of keys that sound like a secret left out."""
-    if isinstance(value, Mapping):
-        return {k: "(not shown)" if _SECRET.search(str(k)) else redact(v) for k, v in value.items()}
-    return [redact(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,11 +1,14 @@
 """Every column of every table of a probe, once: its type, its unit, and what it means.
 
-The writers order their tables by it, the readers check against it, and `docs/tables.md` is made of it.
+`attnres.tables.folder` writes and reads every table by it, and `docs/tables.md` is made of it.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from attnres.depth.places import FAMILIES, SUBLAYERS, WHOLE_READ
+from attnres.tables import names
 
 Type = Literal["text", "flag", "integer", "number"]
 NATS = "nats/token"
@@ -13,13 +16,23 @@ NATS = "nats/token"
 
 @dataclass(frozen=True)
 class Column:
-    """One column; `unit` is empty where there is none, `optional` columns may be absent or empty."""
+    """One column.
+
+    Attributes:
+        name: in the file's first line, or in its schema.
+        type: what a reader makes of it.
+        unit: empty where there is none.
+        meaning: in words, for `docs/tables.md`.
+        optional: it may be absent, and its values may be empty.
+        words: the only values of a text; none where any text may stand there.
+    """
 
     name: str
     type: Type
     unit: str
     meaning: str
     optional: bool = False
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,10 +59,6 @@ class Table:
         """Names of the columns that a reader insists on."""
         return [column.name for column in self.columns if not column.optional]
 
-    def of_type(self, *types: Type) -> list[str]:
-        """Names of the columns of some types."""
-        return [column.name for column in self.columns if column.type in types]
-
     def missing(self, present: Iterable[str]) -> list[str]:
         """Required columns that are not among `present`."""
         there = set(present)
@@ -58,6 +67,10 @@ class Table:
 
 def _text(name: str, meaning: str, optional: bool = False) -> Column:
     return Column(name, "text", "", meaning, optional)
+
+
+def _word(name: str, words: Iterable[str], meaning: str, optional: bool = False) -> Column:
+    return Column(name, "text", "", meaning, optional, tuple(words))
 
 
 def _flag(name: str, meaning: str, optional: bool = False) -> Column:
@@ -87,8 +100,8 @@ def _interval(name: str, unit: str, meaning: str, optional: bool = False) -> tup
 
 # What names a place and a family; SLICE is their names.
 _SLICE = (
-    _text("family", "family of sources, or `read` for a whole read"),
-    _text("sublayer", "`attn`, `mlp` or `final`: what the reads feed"),
+    _text("family", f"family of sources, or `{WHOLE_READ}` for a whole read"),
+    _text("sublayer", "`attn` or `mlp`: what the reads feed; empty at a single read"),
     _text("band", "third of the depth, layer, block or read"),
 )
 SLICE = [column.name for column in _SLICE]
@@ -98,12 +111,12 @@ _INTERVENTION = _text("intervention", "what is done, without family and place")
 _WINDOW = (
     _count("window", "id of the window in the corpus"),
     _count("document", "id of the document that the window is of"),
-    _text("split", "`pilot` or `confirm`"),
+    _word("split", names.Split, "which documents the window is of"),
 )
 _DOCUMENTS = _count("documents", "confirmatory documents that were tested")
 _WINDOWS = _count("windows", "windows of those documents", optional=True)
 _FAMILY_SIZE = _count("family_size", "tests that the correction counts", optional=True)
-_CORRECTION = _text("correction", "`holm` or `fdr_bh`", optional=True)
+_CORRECTION = _word("correction", ("holm", "fdr_bh"), "how p was corrected", optional=True)
 _DNLL = "mean of what the intervention costs: edited less clean negative log-likelihood, on the same path"
 _NORM_SHARE = "norm-aware share of the family: `<sum_F a_i v_i, h> / |h|^2`"
 _DISPLACEMENT = "squared distance, over 2, of the normalised mix with and without the family"
@@ -111,7 +124,7 @@ _UNIFORM_SHARE = "mass of the family under uniform routing: `|F| / S`"
 
 EFFECTS = Table(
     "effects.parquet",
-    "a model, a cell, a window",
+    "a model, a cell, a window; `effects.csv` holds the same as text",
     (
         *(_MODEL, *_WINDOW, _CELL, _INTERVENTION, *_SLICE),
         _number("dnll", NATS, "edited less clean negative log-likelihood, on the same path"),
@@ -119,6 +132,8 @@ EFFECTS = Table(
         _number("flips", "fraction", "positions whose most likely token changes"),
     ),
 )
+# For those who do not read parquet; no command reads it.
+EFFECTS_AS_TEXT = replace(EFFECTS, name="effects.csv")
 MASS = Table(
     "mass.parquet",
     "a model, a slice, a window",
@@ -157,12 +172,12 @@ ROUTING = Table(
         _MODEL,
         _count("read", "number of the read"),
         _count("layer", "its layer; L for the final read"),
-        _text("sublayer", "`attn`, `mlp` or `final`"),
+        _word("sublayer", (*SUBLAYERS, "final"), "what the read feeds"),
         _count("source", "position in the list of sources, oldest first"),
         _count("num_sources", "S"),
         _number("weight", "share", "mean routing weight over confirmatory positions"),
         _number("analytic", "share", "the weight that a wrap's schedule prescribes"),
-        _text("role", "family of the source"),
+        _word("role", FAMILIES, "family of the source"),
         _text("holds", "what the source is a sum of", optional=True),
     ),
 )
@@ -192,7 +207,7 @@ CELLS = Table(
         _p("kl_lower_p", "p of `kl` above the margin"),
         _p("kl_lower_holm", "`kl_lower_p` after Holm"),
         _number("flips", "fraction", "positions whose most likely token changes"),
-        _text("verdict", "`excluded`, `null`, `causal` or `inconclusive`"),
+        _word("verdict", names.Verdict, "on the cell"),
         _count("documents_needed", "documents that would decide an inconclusive cell"),
         _FAMILY_SIZE,
         _CORRECTION,
@@ -217,14 +232,14 @@ CONTRASTS = Table(
         _p("tost_p", "p of equivalence: `diff` within the margin"),
         _number("trained_dnll", NATS, "mean effect in the trained model"),
         _number("baseline_dnll", NATS, "mean effect in the other one"),
-        _text("verdict", "`equivalent`, `trained larger`, `baseline larger` or `inconclusive`"),
+        _word("verdict", names.ContrastVerdict, "on the difference of effect"),
         *(_FAMILY_SIZE, _CORRECTION),
         _p("p_fdr", "`p` after Benjamini and Hochberg"),
         *_interval("mass_diff", "share", "mean mass in the trained model less that in the other one", optional=True),
         _p("mass_p", "two-sided sign-flip p of `mass_diff`"),
         _p("mass_p_holm", "`mass_p` after Holm"),
         _p("mass_p_fdr", "`mass_p` after Benjamini and Hochberg"),
-        _text("mass_verdict", "`equal`, `trained larger`, `baseline larger` or `inconclusive`", optional=True),
+        _word("mass_verdict", names.ContrastVerdict, "on the difference of mass", optional=True),
     ),
 )
 MOTIFS = Table(
@@ -242,9 +257,9 @@ MOTIFS = Table(
         _flag("ruled_out", "whether the cell is null, or an interval lies below zero"),
         _p("p", "the larger of the two p"),
         _p("p_holm", "`p` after Holm over the grid"),
-        _text("verdict", "`motif`, `uncontrolled`, `no motif` or `inconclusive`"),
-        _text("effect_learned", "`learned`, `inherited`, `undecided` or `not tested`", optional=True),
-        _text("mass_learned", "the same of the mass", optional=True),
+        _word("verdict", names.MotifVerdict, "on the cell as a motif"),
+        _word("effect_learned", names.Learned, "whether training made the effect", optional=True),
+        _word("mass_learned", names.Learned, "whether training made the mass", optional=True),
     ),
 )
 DISSOCIATION = Table(
@@ -252,7 +267,7 @@ DISSOCIATION = Table(
     "a model, a sublayer type",
     (
         _MODEL,
-        _text("sublayer", "`attn` or `mlp`"),
+        _word("sublayer", SUBLAYERS, "whose cells are compared"),
         _count("cells", "eligible cells"),
         _count("documents", "confirmatory documents", optional=True),
         _text("mass_cell", "the cell of largest mass on the pilot split", optional=True),
@@ -263,7 +278,7 @@ DISSOCIATION = Table(
         _p("effect_p", "one-sided sign-flip p of `effect_diff`"),
         _p("p", "the larger of the two p"),
         _p("p_holm", "`p` after Holm over the two sublayer types"),
-        _text("verdict", "`dissociated`, `coincide` or `inconclusive`"),
+        _word("verdict", names.DissociationVerdict, "whether the largest mass is the largest effect"),
         _text("reason", "why nothing was tested", optional=True),
         _text("predicted_by", "measures other than mass that predict effect", optional=True),
     ),
@@ -273,8 +288,8 @@ SPEARMAN = Table(
     "a model, a sublayer type (or `all`), a measure",
     (
         _MODEL,
-        _text("sublayer", "`attn`, `mlp` or `all`"),
-        _text("metric", "`mass`, `norm_share` or `displacement`"),
+        _word("sublayer", (*SUBLAYERS, "all"), "whose cells are correlated"),
+        _word("metric", names.Measure, "the measure that effect is correlated with"),
         _count("cells", "eligible cells"),
         _count("documents", "confirmatory documents"),
         _number("rho", "", "Spearman's correlation of effect with the measure, over cells", optional=True),
@@ -287,4 +302,6 @@ SPEARMAN = Table(
         _p("over_mass_p", "p of no difference from mass"),
     ),
 )
-TABLES = (EFFECTS, MASS, ATTRIBUTION, ELIGIBILITY, ROUTING, CELLS, CONTRASTS, MOTIFS, DISSOCIATION, SPEARMAN)
+# What is measured, and what is judged from it without a model.
+MEASURED = (EFFECTS, MASS, ATTRIBUTION, ELIGIBILITY, ROUTING)
+JUDGED = (CELLS, CONTRASTS, DISSOCIATION, SPEARMAN, MOTIFS)

@@ -1,20 +1,32 @@
-"""A probe's folder: what it measured and what was fixed before, read and checked."""
+"""A probe's folder, written and read here: every table by its columns, every JSON object within bounds.
+
+The tables are described in `attnres.tables.columns`. Two views of a folder are made of what is read here: `Measured`,
+what a judgement needs, and `attnres.report.tables.Tables`, what a report needs.
+"""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow import parquet
 
 from attnres.errors import ConfigError, DataError
+from attnres.files.formats import check_format
 from attnres.files.hashes import content_hash
-from attnres.files.whole_files import read_object
+from attnres.files.whole_files import read_object, whole_file
 from attnres.tables import columns
+from attnres.tables.columns import Column, Table
 
-PREREGISTRATION, SUMMARY = "preregistration.json", "summary.json"
-_AGAIN = "run the probe again, or name the folder that it wrote"
+# The files that are no tables; the viewer's is described in `attnres.tables.viewer`.
+PREREGISTRATION, SUMMARY, VIEWER = "preregistration.json", "summary.json", "viewer.json"
+AGAIN = "run the probe again, or name the folder that it wrote"
+# A table compresses: a file of a few bytes may claim any number of rows.
+_MOST_ROWS = 100_000_000
+_FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
+_NO_NUMBER = ["", "nan", "NaN"]
 
 
 @dataclass(frozen=True)
@@ -30,49 +42,165 @@ class Measured:
     attribution: pd.DataFrame
 
 
+def write_table(folder: Path, table: Table, frame: pd.DataFrame) -> None:
+    """Writes a table whole or not at all, its columns in their order.
+
+    Args:
+        folder: of the probe.
+        table: which file; its name says whether it is parquet or text.
+        frame: every required column of the table, in any order; its index is not written.
+
+    Raises:
+        ValueError: a column is missing, or the table has no such column.
+    """
+    ordered = _ordered(table, frame)
+    with whole_file(folder / table.name) as temporary:
+        if table.name.endswith(".parquet"):
+            ordered.to_parquet(temporary, index=False)
+        else:
+            ordered.to_csv(temporary, index=False)
+
+
+def table_text(table: Table, frame: pd.DataFrame) -> str:
+    """What `write_table` writes of a table that is text."""
+    return _ordered(table, frame).to_csv(index=False)
+
+
+def _ordered(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
+    if missing := table.missing(frame.columns):
+        raise ValueError(f"{table.name}: the column {missing[0]!r} is missing")
+    if unknown := [name for name in frame.columns if name not in table.names]:
+        raise ValueError(f"{table.name}: {unknown[0]!r} is none of its columns, see attnres/tables/columns.py")
+    return frame[[name for name in table.names if name in frame.columns]]
+
+
+def read_table(folder: Path, table: Table, only: Sequence[str] = ()) -> pd.DataFrame:
+    """Reads and checks a table of a probe.
+
+    Args:
+        folder: of the probe.
+        table: which file.
+        only: the columns to read of a parquet file, where not all are needed.
+
+    Returns:
+        The columns of `table` in the types that it says (empty texts for missing ones), maybe more.
+
+    Raises:
+        DataError: the file is missing or unreadable, a column is missing, or a value is none that may stand in its
+            column; one line that names the file, the column and the value.
+    """
+    path = folder / table.name
+    described = [column for column in table.columns if not only or column.name in only]
+    if not path.is_file():
+        raise DataError(f"{path} is missing: {AGAIN}")
+    try:
+        frame = _read_parquet(path, only) if path.suffix == ".parquet" else _read_text(path, described)
+    except (ValueError, OSError) as error:  # pandas' parser errors and pyarrow's are ValueErrors
+        raise DataError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
+    for column in described:
+        if column.name in frame:
+            frame[column.name] = _typed(frame[column.name], column, path)
+        elif not column.optional:
+            raise DataError(f"{path} lacks the column '{column.name}': {AGAIN}")
+    return frame
+
+
+def _read_parquet(path: Path, only: Sequence[str]) -> pd.DataFrame:
+    if (rows := parquet.read_metadata(path).num_rows) > _MOST_ROWS:
+        raise ValueError(f"{rows:,} rows, at most {_MOST_ROWS:,} are read")
+    present = parquet.read_schema(path).names
+    return pd.read_parquet(path, columns=[name for name in present if not only or name in only])
+
+
+def _read_text(path: Path, described: Sequence[Column]) -> pd.DataFrame:
+    # A model may be called NA or nan: in texts, nothing stands for a missing value.
+    texts = {column.name: str for column in described if column.type == "text"}
+    numbers = {column.name: _NO_NUMBER for column in described if column.type in ("integer", "number")}
+    return pd.read_csv(path, keep_default_na=False, na_values=numbers, dtype=texts, low_memory=False)
+
+
+def _typed(values: pd.Series, column: Column, path: Path) -> pd.Series:
+    if column.type == "text":
+        if not isinstance(values.dtype, pd.StringDtype) or values.hasnans:
+            values = values.astype(object).where(values.notna(), "").map(str)
+        for word in values.unique() if column.words else ():
+            if word not in column.words and (word or not column.optional):
+                known = ", ".join(column.words)
+                raise DataError(f"{path}: column '{column.name}' holds {word[:60]!r}, none of {known}: {AGAIN}")
+        return values
+    if column.type == "flag":
+        flags = values if values.dtype == bool else values.map(lambda v: _FLAGS.get(str(v).strip().lower()))
+        if flags.isna().any():
+            raise DataError(f"{path}: column '{column.name}' holds something that is neither true nor false: {AGAIN}")
+        return flags.astype(bool)
+    try:
+        return pd.to_numeric(values)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: column '{column.name}' holds something that is not a number: {AGAIN}") from error
+
+
+def read_described(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object of `PREREGISTRATION` or `SUMMARY`.
+
+    Raises:
+        DataError: it is missing or unreadable, larger or deeper than is read, or of another format version.
+    """
+    path = folder / name
+    try:
+        plain = read_object(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: {AGAIN}") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
+    convert = f"python -m attnres.commands.rejudge {folder} --out OUT"
+    check_format(plain, path, DataError, f"convert it with a version that reads it: {convert}")
+    return plain
+
+
+def require_folder(folder: Path) -> None:
+    """Raises ConfigError where there is no such folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"no probe folder at {folder}: {AGAIN}")
+
+
 def read_measured(folder: Path) -> Measured:
-    """Read a probe's folder, and check its tables against its preregistration.
+    """Reads what a probe measured, and checks it against its preregistration.
 
     Raises:
         ConfigError: there is no such folder.
         DataError: a file is missing or unreadable, or holds other windows or cells than were preregistered.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"no probe folder at {folder}: {_AGAIN}")
-    try:
-        registered = read_object(folder / PREREGISTRATION)
-        summary = read_object(folder / SUMMARY)
-        effects, mass = (pd.read_parquet(folder / table.name) for table in (columns.EFFECTS, columns.MASS))
-        estimated = folder / columns.ATTRIBUTION.name
-        attribution = pd.read_parquet(estimated) if estimated.is_file() else pd.DataFrame()
-        # Names may be anything, NA included; an empty reason is none.
-        eligibility = pd.read_csv(folder / columns.ELIGIBILITY.name, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} cannot be read ({' '.join(str(error).split())[:160]}): {_AGAIN}") from error
-    found = Measured(folder, effects, mass, eligibility, registered, summary, attribution)
-    _check(found)
-    return found
+    require_folder(folder)
+    registered, summary = read_described(folder, PREREGISTRATION), read_described(folder, SUMMARY)
+    estimated = (folder / columns.ATTRIBUTION.name).is_file()
+    measured = Measured(
+        folder=folder,
+        effects=read_table(folder, columns.EFFECTS),
+        mass=read_table(folder, columns.MASS),
+        eligibility=read_table(folder, columns.ELIGIBILITY),
+        registered=registered,
+        summary=summary,
+        attribution=read_table(folder, columns.ATTRIBUTION) if estimated else pd.DataFrame(),
+    )
+    _check(measured)
+    return measured
 
 
 def _check(measured: Measured) -> None:
     registered, folder = measured.registered, measured.folder
     for key in ("statistics", "probe", "splits", "hashes", "cells", "exclusions"):
         if key not in registered:
-            raise DataError(f"{folder / PREREGISTRATION} lacks {key!r}: {_AGAIN}")
-    for table in (columns.EFFECTS, columns.MASS, columns.ELIGIBILITY, columns.ATTRIBUTION):
-        name = Path(table.name).stem
-        frame = getattr(measured, name)
-        if missing := table.missing(frame) if len(frame) else []:
-            raise DataError(f"{folder}: {name} lacks the column {missing[0]!r}: {_AGAIN}")
-    for name, table in (("effects", measured.effects), ("mass", measured.mass)):
-        drawn = table[["split", "window", "document"]].drop_duplicates()
+            raise DataError(f"{folder / PREREGISTRATION} lacks {key!r}: {AGAIN}")
+    for table, frame in ((columns.EFFECTS, measured.effects), (columns.MASS, measured.mass)):
+        drawn = frame[["split", "window", "document"]].drop_duplicates()
         for split, expected in registered["splits"].get("sha256", {}).items():
             rows = drawn[drawn["split"] == split]
             if len(rows) and windows_digest(rows["window"].tolist(), rows["document"].tolist()) != expected:
-                raise DataError(f"{folder}: {name} of split {split!r} are not of the windows that were preregistered")
+                path = folder / table.name
+                raise DataError(f"{path}: the rows of split {split!r} are not of the windows that were preregistered")
     models = measured.summary.get("models")
     if not (isinstance(models, list) and all(isinstance(row, dict) and "name" in row for row in models)):
-        raise DataError(f"{folder / SUMMARY} does not name its models: {_AGAIN}")
+        raise DataError(f"{folder / SUMMARY} does not name its models: {AGAIN}")
     unknown = set(measured.effects["cell"]) - set(registered["cells"])
     if unknown:
         raise DataError(f"{folder}: effects of {min(unknown)}, which was not preregistered")
@@ -95,3 +223,8 @@ def windows_digest(windows: Iterable[int], documents: Iterable[int]) -> str:
     """sha256 of which windows of which documents were drawn, whatever their order."""
     pairs = [list(pair) for pair in sorted(zip(windows, documents, strict=True))]
     return content_hash(pairs)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of another library, fit to stand inside one of ours."""
+    return " ".join(str(error).split())[:160]

@@ -12,21 +12,19 @@ from attnres.commands import report as report_command
 from attnres.errors import ConfigError
 from attnres.report import comparison as report_compare
 from attnres.report import runs as report_runs
-from tests.report.synthetic_tables import write_tables
 from tests.report.test_report import HOSTILE, Page
+from tests.tables.fake_folder import write_fake
 
 
 @pytest.fixture(scope="module")
 def tables_once(tmp_path_factory) -> Path:
-    return write_tables(tmp_path_factory.mktemp("tables") / "run")
+    return write_fake(tmp_path_factory.mktemp("tables") / "run")
 
 
 @pytest.fixture
 def make(tables_once, tmp_path, monkeypatch):
     """Makes the folder of a run; its figures are drawn in one test only."""
-    monkeypatch.setattr(
-        report_compare, "_draw", lambda runs, contrasts: {name: [] for name in report_compare.SECTIONS}
-    )  # fmt: skip
+    monkeypatch.setattr(report_compare, "draw", lambda entries, runs: {entry.section: [] for entry in entries})
 
     def inner(name: str, shift: float = 0.0, experiment: str = "attnres_small", **model) -> Path:
         folder = Path(shutil.copytree(tables_once, tmp_path / name))
@@ -59,15 +57,6 @@ def test_runs_are_labelled_by_what_tells_them_apart(make):
     assert [r.label for r in same] == ["attnres_small (e)", "attnres_small (f)"]
 
 
-def test_runs_of_an_older_summary_are_known_by_their_path(tables_once, tmp_path):
-    folder = Path(shutil.copytree(tables_once, tmp_path / "old"))
-    summary = json.loads((folder / "summary.json").read_text())
-    summary["models"][0]["path"] = "runs/attnres_tiny-abc123/checkpoints/step_00000240/model"
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (run,) = report_runs.read_runs([folder])
-    assert (run.run, run.experiment, run.seed, run.step) == ("attnres_tiny-abc123", "attnres_tiny", "–", 1200)
-
-
 def test_groups_are_seeds_of_one_experiment_and_steps_of_one_training(make):
     folders = [make("a", seed=0), make("b", seed=1), make("c", run="attnres_small-a", step=300),
                make("d", experiment="same_base_full", seed=0)]  # fmt: skip
@@ -83,13 +72,13 @@ def test_comparison_says_what_differs_and_warns_of_other_text(make, tmp_path):
     summary["provenance"]["hashes"]["data"] = "d1"
     (folders[1] / "summary.json").write_text(json.dumps(summary))
     varied, same = report_runs.differences(report_runs.read_runs(folders))
-    found = dict(varied)
-    assert found["training.optim.lr"] == ["0.1", "0.3"] and found["hashes.data"] == ["d0", "d1"]
-    assert found["trained.seed"] == ["0", "1"] and same > 10
+    values = dict(varied)
+    assert values["training.optim.lr"] == ["0.1", "0.3"] and values["hashes.data"] == ["d0", "d1"]
+    assert values["trained.seed"] == ["0", "1"] and same > 10
     html, md = text(folders, tmp_path)
-    for told in (Page(html).text, md):
-        assert "The runs do not share the same text" in told and "training.optim.lr" in told
-        assert "2 seeds are too few for a p-value over seeds" in told and "hunter" not in told
+    for shown in (Page(html).text, md):
+        assert "The runs do not share the same text" in shown and "training.optim.lr" in shown
+        assert "2 seeds are too few for a p-value over seeds" in shown and "hunter" not in shown
 
 
 def test_seed_table_has_a_p_value_from_six_seeds_on(make):
@@ -115,8 +104,8 @@ def test_runs_on_other_windows_are_compared_unpaired_and_say_so(make, tmp_path):
     effects = pd.read_parquet(folders[1] / "effects.parquet")
     effects[effects["window"] > 3].to_parquet(folders[1] / "effects.parquet")
     html, md = text(folders, tmp_path)
-    for told in (Page(html).text, md):
-        assert "The runs do not share the same windows" in told and "so their effects cannot be paired" in told
+    for shown in (Page(html).text, md):
+        assert "The runs do not share the same windows" in shown and "so their effects cannot be paired" in shown
 
 
 def test_comparison_command_draws_every_figure_and_writes_in_its_folder(make, tmp_path, monkeypatch, capsys):
@@ -157,7 +146,7 @@ def test_comparison_escapes_hostile_text(make, tmp_path):
         summary["command"] = HOSTILE
         (folder / "summary.json").write_text(json.dumps(summary))
         cells = pd.read_csv(folder / "cells.csv", keep_default_na=False)
-        cells.assign(verdict=cells["verdict"] + HOSTILE).to_csv(folder / "cells.csv", index=False)
+        cells.assign(reason=cells["reason"] + HOSTILE).to_csv(folder / "cells.csv", index=False)
     html, md = text(folders, tmp_path)
     page = Page(html)
     assert {tag for tag, _ in page.tags} - {"br"} == {tag for tag, _ in Page(clean).tags} - {"br"}

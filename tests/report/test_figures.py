@@ -10,14 +10,16 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
+from attnres.depth.places import BANDS
 from attnres.errors import DataError
+from attnres.report import words
 from attnres.report.figures import cells as figures_cells
 from attnres.report.figures import doses as figures_doses
 from attnres.report.figures import effects as figures_effects
 from attnres.report.figures import forest as figures_forest
 from attnres.report.figures import maps as figures
 from attnres.report.figures import plotting
-from tests.report.synthetic_tables import MARGIN, MODELS, cells_table, contrasts_table, routing_table
+from tests.tables.fake_folder import MARGIN, MODELS, cells_table, contrasts_table, routing_table
 
 ROUTING, CELLS = routing_table(), cells_table()
 CONTRASTS = contrasts_table(CELLS)
@@ -86,13 +88,13 @@ def test_analytic_lines_show_every_read_that_has_a_choice():
 def test_effect_map_fills_each_cell_and_says_why_one_is_excluded(model):
     cells = of(CELLS, model)
     figure = figures_effects.effect_map(cells, model, LIMIT, MARGIN)
-    words = texts(figure)
-    excluded = [w for w in words if w.startswith("excluded:")]
+    shown = texts(figure)
+    excluded = [w for w in shown if w.startswith("excluded:")]
     assert len(excluded) == (~cells["eligible"]).sum() > 0
     assert all("the family exists" in w.replace("\n", " ") for w in excluded)
     for row in cells[cells["eligible"]].to_dict("records"):
-        assert plotting.number(row["dnll"]) in words
-        assert f"[{plotting.number(row['dnll_lo'])}, {plotting.number(row['dnll_hi'])}]" in words
+        assert words.number(row["dnll"]) in shown
+        assert f"[{words.number(row['dnll_lo'])}, {words.number(row['dnll_hi'])}]" in shown
     boxes = [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
     assert len(boxes) == 24
 
@@ -109,8 +111,8 @@ def test_effect_map_gives_one_effect_one_colour_in_every_model():
 
 def layers(count=28):
     """The cells of `attnres` repeated over layers; early layers have no older family."""
-    found = [of(CELLS, "attnres").assign(band=f"layer{k}") for k in reversed(range(count))]
-    return pd.concat(found).drop_duplicates(["family", "sublayer", "band"])
+    repeated = [of(CELLS, "attnres").assign(band=f"layer{k}") for k in reversed(range(count))]
+    return pd.concat(repeated).drop_duplicates(["family", "sublayer", "band"])
 
 
 def test_place_map_shows_each_layer_in_order_with_a_sign_for_its_verdict():
@@ -129,8 +131,7 @@ def test_place_map_shows_each_layer_in_order_with_a_sign_for_its_verdict():
 
 def test_places_are_ordered_from_the_input_to_the_output():
     places = ["layer10", "late", "read3", "layer9", "early", "block1", "elsewhere"]
-    found = plotting.ordered_places(places)
-    assert found == ["early", "late", "elsewhere", "layer9", "layer10", "block1", "read3"]
+    assert plotting.ordered_places(places) == ["early", "late", "elsewhere", "layer9", "layer10", "block1", "read3"]
 
 
 @pytest.mark.parametrize(
@@ -171,12 +172,12 @@ def test_mass_effect_scatter_marks_each_eligible_cell_under_each_measure():
 def doses():
     """`attnres` under four factors: an effect that falls to zero at x = 1."""
     cells = of(CELLS, "attnres")
-    parts = []
+    by_factor = []
     for factor in (0.0, 0.5, 2.0):
         name = "mask" if factor == 0 else f"scale:{factor:g}"
         numbers = {c: cells[c] * (1 - factor) for c in ("dnll", "dnll_lo", "dnll_hi")}
-        parts.append(cells.assign(intervention=name, **numbers))
-    return pd.concat(parts, ignore_index=True)
+        by_factor.append(cells.assign(intervention=name, **numbers))
+    return pd.concat(by_factor, ignore_index=True)
 
 
 def test_dose_response_draws_a_line_per_family_through_the_clean_run():
@@ -184,10 +185,10 @@ def test_dose_response_draws_a_line_per_family_through_the_clean_run():
     figure = figures_doses.dose_response(cells, "attnres", MARGIN)
     panels = cells[cells["eligible"]].groupby(["sublayer", "band"])
     assert len(figure.axes) == len(panels) == 6
-    for axis, (sublayer, band) in zip(figure.axes, itertools.product(("attn", "mlp"), plotting.BANDS), strict=True):
-        part = panels.get_group((sublayer, band))
+    for axis, (sublayer, band) in zip(figure.axes, itertools.product(("attn", "mlp"), BANDS), strict=True):
+        drawn = panels.get_group((sublayer, band))
         curves = [line for line in axis.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None"]
-        assert len(curves) == part["family"].nunique()
+        assert len(curves) == drawn["family"].nunique()
         assert [line for line in axis.lines if line.get_marker() == "x"][0].get_xydata().tolist() == [[0, 0]]
     assert [t.get_text() for t in figure.axes[-1].get_xticklabels()] == ["0.5", "1", "2", "0"]
 
@@ -219,7 +220,7 @@ def test_rank_slopegraph_orders_the_cells_by_effect():
     assert len(axis.lines) == count and len(axis.texts) == 2 * count
     right = sorted((t.get_position()[1], t.get_text()) for t in axis.texts if t.get_position()[0] > 2)
     expected = cells[cells["eligible"]].sort_values("dnll", ascending=False)["dnll"]
-    assert [text.split()[-1] for _, text in right] == [plotting.number(v) for v in expected]
+    assert [text.split()[-1] for _, text in right] == [words.number(v) for v in expected]
 
 
 def test_effect_forest_has_a_row_for_each_cell_and_a_mark_for_each_model():

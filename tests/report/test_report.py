@@ -18,13 +18,22 @@ import pytest
 
 from attnres.commands import report as report_command
 from attnres.errors import ConfigError, DataError
+from attnres.files.whole_files import MOST_BYTES
 from attnres.report import report
 from attnres.report import words as report_text
-from attnres.report.album import SECTIONS
-from attnres.report.tables import REQUIRED, read_tables
-from attnres.report.viewer import read_viewer
-from tests.report.synthetic_tables import write_tables
+from attnres.report.tables import read_tables
+from attnres.report.viewer import viewer_data
+from attnres.tables import columns
+from tests.tables.fake_folder import write_fake
 
+# Of each table that a report reads, a column that it cannot do without.
+REQUIRED = {
+    columns.CELLS: "dnll_lo",
+    columns.CONTRASTS: "diff",
+    columns.ROUTING: "source",
+    columns.EFFECTS: "cell",
+    columns.MASS: "window",
+}
 ROOT = Path(report.__file__).parents[2]
 HOSTILE = (
     "<script>alert(1)</script></style><img src=x onerror=alert(1)> [x](javascript:alert(1)) | `a` \x1b[31m \"'&"
@@ -53,7 +62,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def tables_once(tmp_path_factory) -> Path:
-    return write_tables(tmp_path_factory.mktemp("tables") / "run")
+    return write_fake(tmp_path_factory.mktemp("tables") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,7 @@ def folder(tables_once, tmp_path) -> Path:
 @pytest.fixture
 def render(monkeypatch):
     """Writes the report without figures, whose input is tested on its own, and returns page and Markdown."""
-    monkeypatch.setattr(report, "draw", lambda tables: {name: [] for name in SECTIONS})
+    monkeypatch.setattr(report, "draw", lambda entries, tables: {entry.section: [] for entry in entries})
 
     def inner(folder: Path) -> tuple[str, str]:
         report.write_report(folder)
@@ -204,7 +213,7 @@ def test_report_command_redraws_the_same_bytes_in_another_process(folder):
 
 
 def test_report_leaves_no_partial_file(drawn):
-    assert not list(drawn.rglob("*.part"))
+    assert not list(drawn.rglob(".tmp-*"))
 
 
 def test_report_says_first_that_the_baselines_disagree(folder):
@@ -273,25 +282,25 @@ def test_report_warns_of_unverified_checkpoints_failed_checks_and_unpaired_windo
 def test_report_warns_of_earlier_looks_whose_settings_can_turn_a_verdict(folder, render):
     tables = read_tables(folder)
 
-    def told(*looks):
-        found = report_text.warnings(replace(tables, preregistration={"earlier_looks": [*looks]}))
-        return "\n".join(text for text in found if "earlier probe" in text)
+    def warned(*earlier_probes):
+        texts = report_text.warnings(replace(tables, preregistration={"earlier_looks": [*earlier_probes]}))
+        return "\n".join(text for text in texts if "earlier probe" in text)
 
     another = {"folder": "probe_b", "differs": {"margin": 0.02, "families": ["older"]}}
-    assert told({"folder": "probe_a", "differs": {"families": ["older"]}}, 3, {}) == ""
-    assert "1 earlier probe(s) of this checkpoint" in told(another) and "probe_b (margin=0.02)" in told(another)
+    assert warned({"folder": "probe_a", "differs": {"families": ["older"]}}, 3, {}) == ""
+    assert "1 earlier probe(s) of this checkpoint" in warned(another) and "probe_b (margin=0.02)" in warned(another)
     plan = json.loads((folder / "preregistration.json").read_text())
     (folder / "preregistration.json").write_text(json.dumps(plan | {"earlier_looks": [another]}))
-    assert told(another) in Page(render(folder)[0]).text
+    assert warned(another) in Page(render(folder)[0]).text
 
 
 def test_report_escapes_hostile_text_wherever_it_stands(folder, render):
     clean = Page(render(folder)[0])
-    for name, columns in (
-        ("cells.csv", ["model", "cell", "reason", "verdict", "family", "band"]),
+    for name, poisoned in (
+        ("cells.csv", ["model", "cell", "reason", "family", "band"]),
         ("contrasts.csv", ["baseline", "cell", "family", "band"]),
     ):
-        change_csv(folder, name, lambda t, columns=columns: t.assign(**{c: t[c] + HOSTILE for c in columns}))
+        change_csv(folder, name, lambda t, names=poisoned: t.assign(**{c: t[c] + HOSTILE for c in names}))
     summary = json.loads((folder / "summary.json").read_text())
     rows = [row for part in summary.values() if isinstance(part, list) for row in part]
     known = {*summary, *summary["statistics"], *(key for row in rows if isinstance(row, dict) for key in row)}
@@ -347,7 +356,15 @@ def test_report_shows_no_secrets_of_the_provenance(folder, render):
     change_summary(folder, provenance={"env": {"WANDB_API_KEY": "hunter2", "hf_token": "hunter2"}, "tokens": 7})
     html, md = render(folder)
     assert "hunter2" not in html and "hunter2" not in md
-    assert "(not shown)" in html and "<td>7</td>" in html
+    assert "***" in html and "<td>7</td>" in html
+
+
+def test_report_masks_secrets_of_the_preregistration_as_stored_files_do(folder, render):
+    plan = json.loads((folder / "preregistration.json").read_text())
+    secrets = {"source": "https://me:hunter2@example.org/x", "hub.token": "hunter2", "run": "x.py --token hunter2"}
+    (folder / "preregistration.json").write_text(json.dumps(plan | secrets))
+    html, _ = render(folder)
+    assert "hunter2" not in html and "example.org/x" in html and "x.py --token ***" in html
 
 
 def test_report_does_without_the_optional_parts_of_the_summary(folder, render):
@@ -379,7 +396,7 @@ def test_read_tables_names_what_is_wrong_in_the_summary(folder, summary, message
         read_tables(folder)
 
 
-@pytest.mark.parametrize(("name", "column"), [(n, c[len(c) // 2]) for n, c in REQUIRED.items()])
+@pytest.mark.parametrize(("name", "column"), [(t.name, column) for t, column in REQUIRED.items()])
 def test_read_tables_names_a_missing_column(folder, name, column):
     path = folder / name
     if path.suffix == ".csv":
@@ -396,12 +413,47 @@ def test_read_tables_names_a_column_of_the_wrong_type(folder):
         read_tables(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "value"),
+    [("cells.csv", "verdict", "causl"), ("contrasts.csv", "verdict", "larger"), ("effects.parquet", "split", "test")],
+)
+def test_report_command_names_a_word_that_no_table_knows(folder, capsys, name, column, value):
+    path = folder / name
+    if path.suffix == ".csv":
+        change_csv(folder, name, lambda t: t.assign(**{column: value}))
+    else:
+        pd.read_parquet(path).assign(**{column: value}).to_parquet(path)
+    assert report_command.main([str(folder)]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}: column '{column}' holds '{value}', none of" in line
+
+
+@pytest.mark.parametrize("name", ["summary.json", "preregistration.json", "viewer.json"])
+def test_report_command_refuses_deep_and_huge_json_in_one_line(folder, capsys, name):
+    (folder / name).write_text('{"a": ' + "[" * 64 + "]" * 64 + "}")
+    assert report_command.main([str(folder)]) == 3
+    os.truncate(folder / name, MOST_BYTES + 1)
+    assert report_command.main([str(folder)]) == 3
+    deep, huge = capsys.readouterr().err.splitlines()
+    assert name in deep and "nested deeper than 64" in deep
+    assert name in huge and ("at most 33,554,432 are read" in huge or "more than 8000000 bytes" in huge)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "preregistration.json"])
+def test_report_command_refuses_another_format_and_names_the_command_that_converts_it(folder, capsys, name):
+    plain = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(plain | {"format": 2}))
+    assert report_command.main([str(folder)]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}: format 2" in line and f"python -m attnres.commands.rejudge {folder} --out OUT" in line
+
+
 def test_read_tables_keeps_a_model_called_na(folder):
     change_csv(folder, "cells.csv", lambda t: t.assign(model="NA"))
     assert set(read_tables(folder).cells["model"]) == {"NA"}
 
 
-@pytest.mark.parametrize("name", [*REQUIRED, "summary.json", "preregistration.json"])
+@pytest.mark.parametrize("name", [*(table.name for table in REQUIRED), "summary.json", "preregistration.json"])
 def test_report_command_names_a_missing_or_broken_file_in_one_line(folder, capsys, name):
     (folder / name).write_bytes(b"\x00")
     assert report_command.main([str(folder)]) == 3
@@ -465,10 +517,10 @@ def test_report_names_viewer_data_that_no_probe_wrote(folder, change):
     sequence = {"document": "a", "tokens": ["x"], "weights": [[400, 600]]}
     good = {"format": 1, "model": "attnres", "reads": [read], "sequences": [sequence]}
     (folder / "viewer.json").write_text(json.dumps(good))
-    assert '"tokens":["x"]' in read_viewer(folder)
+    assert '"tokens":["x"]' in viewer_data(folder)
     (folder / "viewer.json").write_text(json.dumps(good | change))
     with pytest.raises(DataError, match=r"viewer\.json is not what a probe writes .*: delete it"):
-        read_viewer(folder)
+        viewer_data(folder)
 
 
 def test_viewer_data_cannot_end_its_element_and_hides_nothing(folder):
@@ -477,7 +529,7 @@ def test_viewer_data_cannot_end_its_element_and_hides_nothing(folder):
     sequence = {"document": hostile, "tokens": [hostile], "weights": [[1000]]}
     data = {"format": 1, "model": hostile, "reads": [read], "sequences": [sequence]}
     (folder / "viewer.json").write_text(json.dumps(data))
-    text = str(read_viewer(folder))
+    text = str(viewer_data(folder))
     assert not set("<>&\u202e\u2028\x1b") & set(text)
     assert json.loads(text)["sequences"][0]["tokens"] == ["</script><!--⟨U+202E⟩⟨U+2028⟩⟨U+001B⟩·&amp;"]
 
@@ -510,8 +562,8 @@ def test_report_shows_motifs_and_what_stands_out_in_other_models(drawn):
     md = (drawn / "report.md").read_text(encoding="utf-8")
     section = text[text.index("The trained model’s cells at bands") :]
     section = section[: section.index("All cells")]
-    for told in ("mask:embedding@mlp.early", "mask:older@attn.late", "mask:current@mlp.early", "uncontrolled"):
-        assert told in section and told in md
+    for shown in ("mask:embedding@mlp.early", "mask:older@attn.late", "mask:current@mlp.early", "uncontrolled"):
+        assert shown in section and shown in md
     assert "mask:recent@mlp.early" not in section and "in 1 of" in section
 
 

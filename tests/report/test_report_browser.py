@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from attnres.report import report
-from attnres.report.album import SECTIONS, Drawing
+from attnres.report.album import Drawing
 from attnres.report.figures import effects as figures_effects
 from attnres.report.figures import plotting
 from tests.report.chromium import Chromium, find_chromium
-from tests.report.synthetic_tables import MARGIN, cells_table, write_tables
 from tests.report.test_report import HOSTILE
+from tests.tables.fake_folder import MARGIN, cells_table, write_fake
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no chromium here: apt-get install chromium")
 
@@ -67,7 +67,7 @@ def viewer_table() -> dict:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     """A report of tables that no model made, with one small figure wherever there may be figures."""
-    folder = write_tables(tmp_path_factory.mktemp("browser") / "run")
+    folder = write_fake(tmp_path_factory.mktemp("browser") / "run")
     (folder / "viewer.json").write_text(json.dumps(viewer_table()), encoding="utf-8")
     summary = json.loads((folder / "summary.json").read_text())
     for claim in summary["claims"]:
@@ -79,7 +79,7 @@ def page(tmp_path_factory) -> Path:
     figure = figures_effects.effect_map(cells[cells["model"] == "attnres"], "attnres", 5.0, MARGIN)
     drawing = Drawing("effects", plotting.to_svg(figure), "The effect map of a model that was never trained.")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw", lambda tables: {name: [drawing] for name in SECTIONS})
+        patch.setattr(report, "draw", lambda entries, tables: {entry.section: [drawing] for entry in entries})
         return report.write_report(folder)
 
 

@@ -70,7 +70,7 @@ def test_recompute_names_a_column_that_is_missing(whole, capsys, name):
         frame.drop(columns="window").to_parquet(whole / name)
     assert main([str(whole)]) == 3
     missing = "eligible" if name.endswith("csv") else "window"
-    assert f"{name.split('.')[0]} lacks the column '{missing}'" in capsys.readouterr().err
+    assert f"{name} lacks the column '{missing}'" in capsys.readouterr().err
 
 
 def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):

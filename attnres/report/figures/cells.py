@@ -3,44 +3,29 @@
 Pure functions from a table to a `Figure`, as in `figures`. Effects are in nats/token.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from attnres.depth.places import SUBLAYERS
-from attnres.report.figures.plotting import (
-    BAND_COLOUR,
-    DRAWN_FAMILIES,
-    FAMILY_COLOURS,
-    FAMILY_MARKERS,
-    GREY,
-    INK,
-    SUBLAYER_NAMES,
-    effect_axis,
-    ink_on,
-    label,
-    need,
-    number,
-    ordered,
-    place_tick,
-    styled,
-)
+from attnres.report import words
+from attnres.report.figures import plotting
+from attnres.tables.names import Measure, Verdict
 
 MEASURES = {
-    "mass": "raw mass (routing weight)",
-    "norm_share": "norm-aware share of the mix",
-    "displacement": "displacement of the input",
+    Measure.MASS: "raw mass (routing weight)",
+    Measure.NORM_SHARE: "norm-aware share of the mix",
+    Measure.DISPLACEMENT: "displacement of the input",
 }
 # More cells than this are too many for names in a figure: those of the largest effects are drawn.
 MOST_RANKED = 36
 
 
-@styled
+@plotting.styled
 def mass_effect_scatter(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     """Effect of each cell against its raw mass, its norm-aware share and its displacement, a row per sublayer.
 
@@ -53,66 +38,60 @@ def mass_effect_scatter(cells: pd.DataFrame, title: str, margin: float) -> Figur
         margin: equivalence margin in nats/token, drawn as a band.
     """
     intervals = ("mass_lo", "mass_hi", "dnll_lo", "dnll_hi")
-    need(
+    plotting.need(
         cells,
         ("family", "sublayer", "band", "eligible", "dnll", "verdict", *MEASURES, *intervals),
         "scatter of mass and effect",
     )
     table = cells[cells["eligible"].astype(bool)]
-    sublayers = ordered(table["sublayer"], SUBLAYERS) or ["attn"]
+    sublayers = plotting.ordered(table["sublayer"], SUBLAYERS) or ["attn"]
     figure = Figure(figsize=(7.6, 0.75 + 2.45 * len(sublayers)), layout="constrained")
     axes = figure.subplots(len(sublayers), 3, sharey=True, sharex="col", squeeze=False)
     for row, sublayer in enumerate(sublayers):
-        part = table[table["sublayer"] == sublayer]
+        drawn = table[table["sublayer"] == sublayer]
         for axis, measure in zip(axes[row], MEASURES, strict=True):
-            effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
-            for record in part.to_dict("records"):
-                _mark(axis, record, measure, wordy=len(part) <= 30)
-            pairs = part[[measure, "dnll"]].dropna()
+            plotting.effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
+            for record in drawn.to_dict("records"):
+                _mark(axis, record, measure, wordy=len(drawn) <= 30)
+            pairs = drawn[[measure, "dnll"]].dropna()
             varied = len(pairs) > 2 and pairs[measure].nunique() > 1 and pairs["dnll"].nunique() > 1
             rho = pairs[measure].rank().corr(pairs["dnll"].rank()) if varied else np.nan
             heading = f"Spearman ρ = {rho:.2f}".replace("-", "−") if np.isfinite(rho) else "Spearman ρ undefined"
-            axis.set_title(f"{heading} ({len(pairs)} cells)", color=GREY, fontsize=7.5)
+            axis.set_title(f"{heading} ({len(pairs)} cells)", color=plotting.GREY, fontsize=7.5)
             if row == len(sublayers) - 1:
                 axis.set_xlabel(MEASURES[measure])
             axis.margins(x=0.1)
-        axes[row, 0].set_ylabel(f"{label(SUBLAYER_NAMES.get(sublayer, sublayer), 12)}: ΔNLL, nats/token")
-    families = ordered(table["family"], DRAWN_FAMILIES)
-    handles: list[Any] = [
-        Line2D([], [], marker=FAMILY_MARKERS.get(f, "X"), linestyle="", markersize=6.5, label=label(f, 14),
-               color=FAMILY_COLOURS.get(f, GREY), markerfacecolor="white")
-        for f in families
-    ]  # fmt: skip
-    handles.append(Line2D([], [], marker="o", linestyle="", color=INK, label="causal (filled)"))
-    handles.append(Patch(color=BAND_COLOUR, alpha=0.3, label=f"±{margin:g} nat margin"))
+        axes[row, 0].set_ylabel(f"{plotting.label(words.sublayer_name(sublayer), 12)}: ΔNLL, nats/token")
+    families = plotting.ordered(table["family"], plotting.DRAWN_FAMILIES)
+    handles = plotting.legend_families(families, 6.5, linestyle="")
+    handles += plotting.legend_ends("causal (filled)", f"±{margin:g} nat margin", size=None)
     figure.legend(handles=handles, loc="outside lower center", ncols=6, columnspacing=1.4, handletextpad=0.4)
-    figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    plotting.heading(figure, plotting.label(title))
     return figure
 
 
-def _mark(axis: Axes, record: dict[Any, Any], measure: str, wordy: bool) -> None:
-    x, y, colour = record[measure], record["dnll"], FAMILY_COLOURS.get(record["family"], GREY)
-    if measure == "mass":
-        axis.plot([record["mass_lo"], record["mass_hi"]], [y, y], color=GREY, linewidth=0.7, zorder=1)
-    axis.plot([x, x], [record["dnll_lo"], record["dnll_hi"]], color=GREY, linewidth=0.7, zorder=1)
-    face = colour if record["verdict"] == "causal" else "white"
-    marker = FAMILY_MARKERS.get(record["family"], "X")
+def _mark(axis: Axes, record: Mapping[Any, Any], measure: str, wordy: bool) -> None:
+    x, y, (colour, marker) = record[measure], record["dnll"], plotting.family_look(record["family"])
+    if measure == Measure.MASS:
+        axis.plot([record["mass_lo"], record["mass_hi"]], [y, y], color=plotting.GREY, linewidth=0.7, zorder=1)
+    axis.plot([x, x], [record["dnll_lo"], record["dnll_hi"]], color=plotting.GREY, linewidth=0.7, zorder=1)
+    face = colour if record["verdict"] == Verdict.CAUSAL else "white"
     axis.plot(x, y, marker, markersize=8.5 if wordy else 5, zorder=2, color=colour, markerfacecolor=face)
     if wordy and np.isfinite(x) and np.isfinite(y):
         axis.annotate(
-            place_tick(str(record["band"])),
+            plotting.place_tick(str(record["band"])),
             (x, y),
             ha="center",
             va="center_baseline",
             fontsize=5.5,
-            color=ink_on(face),
+            color=plotting.ink_on(face),
             zorder=3,
             annotation_clip=False,
             in_layout=False,
         )
 
 
-@styled
+@plotting.styled
 def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
     """The eligible cells ranked by mass, norm-aware share, displacement and effect, a line each.
 
@@ -122,7 +101,7 @@ def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
         cells: rows of one model and one intervention, as in cells.csv.
         title: name of the model.
     """
-    need(cells, ("family", "sublayer", "band", "eligible", "dnll", "verdict", *MEASURES), "slopegraph")
+    plotting.need(cells, ("family", "sublayer", "band", "eligible", "dnll", "verdict", *MEASURES), "slopegraph")
     measures = [*MEASURES, "dnll"]
     table = cells[cells["eligible"].astype(bool)].dropna(subset=measures)
     count = len(table)
@@ -133,8 +112,8 @@ def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
     axis = figure.subplots()
     last = len(measures) - 1
     for record, ranked in zip(table.to_dict("records"), ranks.to_numpy(), strict=True):
-        colour = FAMILY_COLOURS.get(record["family"], GREY)
-        filled = record["verdict"] == "causal"
+        colour, marker = plotting.family_look(record["family"])
+        filled = record["verdict"] == Verdict.CAUSAL
         axis.plot(
             range(len(measures)),
             ranked,
@@ -143,14 +122,14 @@ def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
             alpha=0.9,
             markersize=5,
             linestyle="-" if filled else (0, (3, 2)),
-            marker=FAMILY_MARKERS.get(record["family"], "X"),
+            marker=marker,
             markerfacecolor=colour if filled else "white",
         )
-        sublayer = SUBLAYER_NAMES.get(record["sublayer"], record["sublayer"])
-        name = label(f"{record['family']} · {sublayer} {record['band']}")
+        sublayer = words.sublayer_name(record["sublayer"])
+        name = plotting.label(f"{record['family']} · {sublayer} {record['band']}")
         axis.text(-0.08, ranked[0], name, ha="right", va="center", fontsize=7, in_layout=False)
-        told = f"{name}  {number(record['dnll'])}"
-        axis.text(last + 0.08, ranked[-1], told, ha="left", va="center", fontsize=7, in_layout=False)
+        effect = f"{name}  {words.number(record['dnll'])}"
+        axis.text(last + 0.08, ranked[-1], effect, ha="left", va="center", fontsize=7, in_layout=False)
     axis.set_xlim(-1.25, last + 1.6)
     axis.set_ylim(len(table) + 0.7, 0.3)
     axis.set_xticks(range(len(measures)), ["by raw mass", "by norm-aware\nshare", "by displacement", "by effect"])
@@ -159,5 +138,5 @@ def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
     axis.set_yticks([])
     axis.spines[["left", "bottom"]].set_visible(False)
     most = "" if count == len(table) else f" ({len(table)} largest effects of {count} cells)"
-    figure.suptitle(label(title) + most, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    plotting.heading(figure, plotting.label(title) + most)
     return figure

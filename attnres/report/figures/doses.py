@@ -12,27 +12,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from attnres.depth.places import SUBLAYERS
-from attnres.report.figures.plotting import (
-    BAND_COLOUR,
-    DRAWN_FAMILIES,
-    FAMILY_COLOURS,
-    FAMILY_MARKERS,
-    GREY,
-    INK,
-    SERIES,
-    SUBLAYER_NAMES,
-    dose,
-    effect_axis,
-    label,
-    need,
-    ordered,
-    ordered_places,
-    plain,
-    styled,
-)
+from attnres.depth.places import SUBLAYERS, WHOLE_READ
+from attnres.report import words
+from attnres.report.figures import plotting
 
 # Whole-read interventions, from the gentlest: weights without content, of another text, all equal, a baseline's.
 RUNGS = ("mean", "resample", "uniform", "schedule")
@@ -40,7 +23,7 @@ MOST_PANELS, MOST_LINES = 6, 6
 _EFFECT = ("family", "sublayer", "band", "eligible", "dnll", "dnll_lo", "dnll_hi", "verdict")
 
 
-@styled
+@plotting.styled
 def dose_response(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     """Effect against the factor x on a family's odds, a panel per sublayer and place, a line per family.
 
@@ -50,8 +33,8 @@ def dose_response(cells: pd.DataFrame, title: str, margin: float) -> Figure:
         title: name of the model.
         margin: equivalence margin in nats/token, drawn as a band.
     """
-    need(cells, ("intervention", *_EFFECT), "dose-response curves")
-    table = cells.assign(dose=[dose(v) for v in cells["intervention"]]).dropna(subset=["dose", "dnll"])
+    plotting.need(cells, ("intervention", *_EFFECT), "dose-response curves")
+    table = cells.assign(dose=[plotting.dose(v) for v in cells["intervention"]]).dropna(subset=["dose", "dnll"])
     table = table[table["eligible"].astype(bool)].drop_duplicates(["family", "sublayer", "band", "dose"])
     positive = sorted({float(x) for x in table["dose"] if x > 0} | {1.0})
     step = 1.0 if len(positive) < 2 else float(np.diff(np.log2(positive)).min())
@@ -60,18 +43,18 @@ def dose_response(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     figure, handles = _panels(
         table.assign(x=table["dose"].map(place)),
         margin,
-        lambda axis: axis.plot(0, 0, "x", color=INK, markersize=5, zorder=3),
+        lambda axis: axis.plot(0, 0, "x", color=plotting.INK, markersize=5, zorder=3),
         "factor on the family's odds (0 removes it, 1 is the clean run)",
     )
     for axis in figure.axes:
-        axis.set_xticks([place[x] for x in doses], [plain(x) for x in doses])
-    handles.append(Line2D([], [], color=INK, marker="x", linestyle="", markersize=5, label="clean run"))
+        axis.set_xticks([place[x] for x in doses], [words.plain(x) for x in doses])
+    handles.append(Line2D([], [], color=plotting.INK, marker="x", linestyle="", markersize=5, label="clean run"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)))
-    figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    plotting.heading(figure, plotting.label(title))
     return figure
 
 
-@styled
+@plotting.styled
 def trajectory(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     """Effect of each cell along training, a panel per sublayer and place, a line per family.
 
@@ -80,7 +63,7 @@ def trajectory(cells: pd.DataFrame, title: str, margin: float) -> Figure:
         title: name of the training.
         margin: equivalence margin in nats/token, drawn as a band.
     """
-    need(cells, ("step", *_EFFECT), "trajectory")
+    plotting.need(cells, ("step", *_EFFECT), "trajectory")
     table = cells[cells["eligible"].astype(bool)].dropna(subset=["step", "dnll"])
     steps = sorted(set(table["step"].astype(float)))
     figure, handles = _panels(table.assign(x=table["step"].astype(float)), margin, None, "training step")
@@ -93,7 +76,7 @@ def trajectory(cells: pd.DataFrame, title: str, margin: float) -> Figure:
                             rotation=40, ha="right")  # fmt: skip
             axis.set_xticks([], minor=True)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)))
-    figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    plotting.heading(figure, plotting.label(title))
     return figure
 
 
@@ -111,22 +94,22 @@ def _panels(
     kept = set(size.sort_values(ascending=False, kind="stable").index[:MOST_PANELS])
     keys = [
         (s, b)
-        for s in ordered(table["sublayer"], SUBLAYERS)
-        for b in ordered_places(table["band"])
+        for s in plotting.ordered(table["sublayer"], SUBLAYERS)
+        for b in plotting.ordered_places(table["band"])
         if (s, b) in kept
     ] or [("", "")]  # fmt: skip
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
     figure = Figure(figsize=(1.2 + 2.15 * columns, 1.0 + 1.75 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    families = ordered(table["family"], DRAWN_FAMILIES)
+    families = plotting.ordered(table["family"], plotting.DRAWN_FAMILIES)
     for axis, (sublayer, band) in zip(axes.flat, keys, strict=False):
-        effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
-        axis.set_title(label(f"{SUBLAYER_NAMES.get(sublayer, sublayer)} {band}", 24), fontsize=8)
+        plotting.effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
+        axis.set_title(plotting.label(f"{words.sublayer_name(sublayer)} {band}", 24), fontsize=8)
         for family in families:
             rows_ = table[(table["sublayer"] == sublayer) & (table["band"] == band) & (table["family"] == family)]
             if len(rows_):
-                _line(axis, rows_.sort_values("x"), FAMILY_COLOURS.get(family, GREY), FAMILY_MARKERS.get(family, "X"))
+                _line(axis, rows_.sort_values("x"), plotting.family_look(family))
         if anchor is not None:
             anchor(axis)
         axis.margins(x=0.08)
@@ -134,32 +117,26 @@ def _panels(
         axis.set_visible(False)
     axes[-1, columns // 2].set_xlabel(x_name)
     figure.supylabel("ΔNLL, nats/token", fontsize=8)
-    handles: list[Any] = [
-        Line2D([], [], color=FAMILY_COLOURS.get(f, GREY), marker=FAMILY_MARKERS.get(f, "X"), markersize=4,
-               markerfacecolor="white", label=label(f, 14))
-        for f in families
-    ]  # fmt: skip
-    handles.append(Line2D([], [], color=INK, marker="o", linestyle="", markersize=4, label="causal (filled)"))
-    handles.append(Patch(color=BAND_COLOUR, alpha=0.3, label=f"±{margin:g} nat"))
+    handles = plotting.legend_families(families, 4)
+    handles += plotting.legend_ends("causal (filled)", f"±{margin:g} nat")
     return figure, handles
 
 
-def _line(axis: Axes, rows: pd.DataFrame, colour: str, marker: str) -> None:
+def _line(axis: Axes, rows: pd.DataFrame, look: tuple[str, str]) -> None:
     x = rows["x"].to_numpy(float)
-    axis.plot(x, rows["dnll"], color=colour, linewidth=1)
+    axis.plot(x, rows["dnll"], color=look[0], linewidth=1)
     for place, record in zip(x, rows.to_dict("records"), strict=True):
-        axis.plot([place, place], [record["dnll_lo"], record["dnll_hi"]], color=colour, linewidth=1)
-        face = colour if record["verdict"] == "causal" else "white"
-        axis.plot(place, record["dnll"], marker, color=colour, markersize=4, markerfacecolor=face)
+        plotting.effect_mark(axis, place, record, look, 4)
 
 
 def rungs(cells: pd.DataFrame) -> pd.DataFrame:
     """The rows of whole-read interventions, with their `rung`; a rung's parameters count as one more rung."""
-    whole = cells[(cells["family"] == "read") | cells["intervention"].str.split(":").str[0].isin(("mean", "resample"))]
+    kinds = cells["intervention"].str.split(":").str[0]
+    whole = cells[(cells["family"] == WHOLE_READ) | kinds.isin(("mean", "resample"))]
     return whole.assign(rung=whole["intervention"])
 
 
-@styled
+@plotting.styled
 def read_ladder(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     """Loss of whole-read interventions over the clean run: a rung each, a line per place, a panel per sublayer.
 
@@ -168,39 +145,35 @@ def read_ladder(cells: pd.DataFrame, title: str, margin: float) -> Figure:
         title: name of the model.
         margin: equivalence margin in nats/token, drawn as a band.
     """
-    need(cells, ("intervention", *_EFFECT), "ladder")
+    plotting.need(cells, ("intervention", *_EFFECT), "ladder")
     table = rungs(cells)
     table = table[table["eligible"].astype(bool)].dropna(subset=["dnll"])
     order = sorted(dict.fromkeys(table["rung"]), key=_rung)
-    sublayers = ordered(table["sublayer"], SUBLAYERS) or ["attn"]
+    sublayers = plotting.ordered(table["sublayer"], SUBLAYERS) or ["attn"]
     figure = Figure(figsize=(1.0 + 3.3 * len(sublayers), 3.4), layout="constrained")
     axes = figure.subplots(1, len(sublayers), sharey=True, squeeze=False)[0]
     size = table.groupby("band")["dnll"].agg(lambda v: v.abs().max()).sort_values(ascending=False, kind="stable")
-    places = [p for p in ordered_places(table["band"]) if p in set(size.index[:MOST_LINES])]
+    places = [p for p in plotting.ordered_places(table["band"]) if p in set(size.index[:MOST_LINES])]
     for axis, sublayer in zip(axes, sublayers, strict=True):
-        effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
-        axis.set_title(label(SUBLAYER_NAMES.get(sublayer, sublayer), 16), fontsize=8.5, fontweight="bold")
+        plotting.effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
+        axis.set_title(plotting.label(words.sublayer_name(sublayer), 16), fontsize=8.5, fontweight="bold")
         for k, place in enumerate(places):
             rows = table[(table["sublayer"] == sublayer) & (table["band"] == place)].drop_duplicates("rung")
             shift = 0.06 * (k - (len(places) - 1) / 2)
             rows = rows.assign(x=[1 + order.index(r) + shift for r in rows["rung"]]).sort_values("x")
             if len(rows):
-                colour, marker = SERIES[k % len(SERIES)]
-                axis.plot([0, rows["x"].iloc[0]], [0, rows["dnll"].iloc[0]], color=colour, linewidth=1)
-                _line(axis, rows, colour, marker)
-        axis.plot(0, 0, "x", color=INK, markersize=5, zorder=3)
-        axis.set_xticks(range(len(order) + 1), ["clean", *(label(r, 18) for r in order)])
+                look = plotting.series_look(k)
+                axis.plot([0, rows["x"].iloc[0]], [0, rows["dnll"].iloc[0]], color=look[0], linewidth=1)
+                _line(axis, rows, look)
+        axis.plot(0, 0, "x", color=plotting.INK, markersize=5, zorder=3)
+        axis.set_xticks(range(len(order) + 1), ["clean", *(plotting.label(r, 18) for r in order)])
         axis.set_xlim(-0.4, len(order) + 0.4)
     axes[0].set_ylabel("loss over the clean run, nats/token")
-    handles: list[Any] = [
-        Line2D([], [], color=SERIES[k % 6][0], marker=SERIES[k % 6][1], markersize=4, markerfacecolor="white",
-               label=label(p, 12))
-        for k, p in enumerate(places)
-    ]  # fmt: skip
-    handles.append(Line2D([], [], color=INK, marker="o", linestyle="", markersize=4, label="causal (filled)"))
-    handles.append(Patch(color=BAND_COLOUR, alpha=0.3, label=f"±{margin:g} nat"))
+    looks = map(plotting.series_look, range(len(places)))
+    handles = plotting.legend_marks([plotting.label(p, 12) for p in places], looks, 4)
+    handles += plotting.legend_ends("causal (filled)", f"±{margin:g} nat")
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
-    figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    plotting.heading(figure, plotting.label(title))
     return figure
 
 

@@ -10,24 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from attnres.depth.places import SUBLAYERS
-from attnres.report.figures.plotting import (
-    BAND_COLOUR,
-    DRAWN_FAMILIES,
-    GREY,
-    INK,
-    SERIES,
-    SUBLAYER_NAMES,
-    effect_axis,
-    label,
-    need,
-    ordered,
-    ordered_places,
-    styled,
-)
+from attnres.report import words
+from attnres.report.figures import plotting
+from attnres.tables.names import ContrastVerdict, Verdict
 
 # Rows beyond this do not fit a page: the cells of the largest values are drawn.
 MOST_ROWS = 48
@@ -36,7 +23,7 @@ _EFFECT = {"dnll": "mid", "dnll_lo": "low", "dnll_hi": "high"}
 _DIFFERENCE = {"diff": "mid", "diff_lo": "low", "diff_hi": "high"}
 
 
-@styled
+@plotting.styled
 def effect_forest(cells: pd.DataFrame, models: Sequence[str], margin: float, by: str = "model") -> Figure:
     """Effect of every cell with its confidence interval, a mark per model (or per value of `by`).
 
@@ -46,12 +33,12 @@ def effect_forest(cells: pd.DataFrame, models: Sequence[str], margin: float, by:
         margin: equivalence margin in nats/token.
         by: the column whose values stand side by side: `model` or `intervention`.
     """
-    need(cells, (by, *_CELL, "eligible", *_EFFECT, "verdict"), "forest plot")
-    table = cells.rename(columns=_EFFECT | {by: "series"}).assign(filled=cells["verdict"] == "causal")
+    plotting.need(cells, (by, *_CELL, "eligible", *_EFFECT, "verdict"), "forest plot")
+    table = cells.rename(columns=_EFFECT | {by: "series"}).assign(filled=cells["verdict"] == Verdict.CAUSAL)
     return _forest(table, models, margin, "ΔNLL, nats/token (edited − clean)", "causal (filled)")
 
 
-@styled
+@plotting.styled
 def contrast_forest(
     contrasts: pd.DataFrame, models: Sequence[str], margin: float, names: str = "trained − baseline"
 ) -> Figure:
@@ -63,49 +50,44 @@ def contrast_forest(
         margin: equivalence margin in nats/token.
         names: what is subtracted from what.
     """
-    need(contrasts, ("baseline", *_CELL, *_DIFFERENCE, "verdict"), "forest plot of contrasts")
-    decided = contrasts["verdict"].isin(("trained larger", "baseline larger"))
+    plotting.need(contrasts, ("baseline", *_CELL, *_DIFFERENCE, "verdict"), "forest plot of contrasts")
+    decided = contrasts["verdict"].isin((ContrastVerdict.TRAINED_LARGER, ContrastVerdict.BASELINE_LARGER))
     table = contrasts.rename(columns=_DIFFERENCE | {"baseline": "series"}).assign(filled=decided, eligible=True)
     return _forest(table, models, margin, f"difference of ΔNLL, nats/token ({names})", "larger or smaller (filled)")
 
 
 def _forest(table: pd.DataFrame, order: Sequence[str], margin: float, axis_name: str, filled_name: str) -> Figure:
     """One row per (sublayer, place, family), one mark per series; ineligible ones are named as excluded."""
-    series = ordered(table["series"], order)
+    series = plotting.ordered(table["series"], order)
     keys, count = _rows(table)
     height = 1.15 + (0.14 + 0.07 * len(series)) * max(len(keys), 2)
     figure = Figure(figsize=(7.6, height + 0.08 * len(series)), layout="constrained")
     axis = figure.subplots()
     used = table[table["eligible"].astype(bool)]
-    effect_axis(axis, "x", [*used["low"], *used["high"], *used["mid"]], margin)
+    plotting.effect_axis(axis, "x", [*used["low"], *used["high"], *used["mid"]], margin)
     groups = list(dict.fromkeys(k[:2] for k in keys))
-    looks = {name: SERIES[k % len(SERIES)] for k, name in enumerate(ordered([*order, *series], order))}
-    found = {(r["series"], r["sublayer"], r["band"], r["family"]): r for r in table.to_dict("records")}
+    looks = {name: plotting.series_look(k) for k, name in enumerate(plotting.ordered([*order, *series], order))}
+    records = {(r["series"], r["sublayer"], r["band"], r["family"]): r for r in table.to_dict("records")}
     for row, key in enumerate(keys):
         if groups.index(key[:2]) % 2:
             axis.axhspan(row - 0.5, row + 0.5, color="#f5f5f5", linewidth=0, zorder=-1)
-        mine = {name: found[(name, *key)] for name in series if (name, *key) in found}
+        mine = {name: records[(name, *key)] for name in series if (name, *key) in records}
         _say_excluded(axis, row, [n for n, r in mine.items() if not r["eligible"]], len(series))
         for index, name in enumerate(series):
             if name in mine and mine[name]["eligible"]:
                 y = row + (index - (len(series) - 1) / 2) * 0.7 / max(len(series), 1)
                 _estimate(axis, y, mine[name], looks[name])
     axis.set_ylim(len(keys) - 0.5, -0.5)
-    names = [label(f"{f} · {SUBLAYER_NAMES.get(s, s)} {b}") for s, b, f in keys]
+    names = [plotting.label(f"{f} · {words.sublayer_name(s)} {b}") for s, b, f in keys]
     axis.set_yticks(range(len(keys)), names, fontsize=7)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     axis.set_xlabel(axis_name)
     if count > len(keys):
-        axis.set_title(f"the {len(keys)} cells of the largest values, of {count}", color=GREY, fontsize=7.5)
-    handles: list[Any] = [
-        Line2D([], [], color=looks[name][0], marker=looks[name][1], markersize=4.5, markerfacecolor="white",
-               label=label(name, 44))
-        for name in series
-    ]  # fmt: skip
-    handles.append(Line2D([], [], color=INK, marker="o", linestyle="", markersize=4.5, label=filled_name))
-    handles.append(Patch(color=BAND_COLOUR, alpha=0.3, label=f"equivalence band ±{margin:g}"))
-    longest = max(len(label(name, 44)) for name in [*series, ""])
+        axis.set_title(f"the {len(keys)} cells of the largest values, of {count}", color=plotting.GREY, fontsize=7.5)
+    handles = plotting.legend_marks([plotting.label(name, 44) for name in series], [looks[n] for n in series], 4.5)
+    handles += plotting.legend_ends(filled_name, f"equivalence band ±{margin:g}", size=4.5)
+    longest = max(len(plotting.label(name, 44)) for name in [*series, ""])
     columns = 5 if longest <= 14 else 3 if longest <= 26 else 2
     figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
     return figure
@@ -116,9 +98,9 @@ def _rows(table: pd.DataFrame) -> tuple[list[tuple[str, str, str]], int]:
     present = set(zip(table["sublayer"], table["band"], table["family"], strict=True))
     keys = [
         (s, b, f)
-        for s in ordered(table["sublayer"], SUBLAYERS)
-        for b in ordered_places(table["band"])
-        for f in ordered(table["family"], DRAWN_FAMILIES)
+        for s in plotting.ordered(table["sublayer"], SUBLAYERS)
+        for b in plotting.ordered_places(table["band"])
+        for f in plotting.ordered(table["family"], plotting.DRAWN_FAMILIES)
         if (s, b, f) in present
     ]
     if len(keys) <= MOST_ROWS:
@@ -134,7 +116,7 @@ def _largest(values: pd.Series) -> float:
 
 def _say_excluded(axis: Axes, row: float, names: list[str], count: int) -> None:
     if names:
-        who = "all" if len(names) == count > 1 else ", ".join(label(name, 18) for name in names)
+        who = "all" if len(names) == count > 1 else ", ".join(plotting.label(name, 18) for name in names)
         axis.text(
             0.995,
             row,
@@ -142,7 +124,7 @@ def _say_excluded(axis: Axes, row: float, names: list[str], count: int) -> None:
             ha="right",
             va="center",
             fontsize=5.8,
-            color=GREY,
+            color=plotting.GREY,
             transform=axis.get_yaxis_transform(),
             in_layout=False,
         )

@@ -9,26 +9,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from attnres.depth.places import SUBLAYERS
-from attnres.report.figures.plotting import (
-    GREY,
-    INK,
-    PALE,
-    SERIES,
-    SUBLAYER_NAMES,
-    label,
-    need,
-    plain,
-    styled,
-)
+from attnres.report import words
+from attnres.report.figures import plotting
 
 
-@styled
+@plotting.styled
 def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
     """Mean routing weight of every read, as two triangles: attention reads and MLP reads by layer.
 
@@ -40,7 +30,7 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
         routing: rows of one model: read, layer, sublayer, source, num_sources, weight, role.
         title: name of the model.
     """
-    need(routing, ("layer", "sublayer", "source", "num_sources", "weight", "role"), "routing heatmap")
+    plotting.need(routing, ("layer", "sublayer", "source", "num_sources", "weight", "role"), "routing heatmap")
     past = routing[routing["role"] != "current"]
     columns = int(past["source"].max()) + 1 if len(past) else 1
     body = routing[routing["sublayer"] != "final"]
@@ -53,10 +43,10 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     mesh = None
     for axis, sublayer in zip(axes, SUBLAYERS, strict=True):
-        part = routing[routing["sublayer"].isin((sublayer, "final") if sublayer == "mlp" else (sublayer,))]
+        drawn = routing[routing["sublayer"].isin((sublayer, "final") if sublayer == "mlp" else (sublayer,))]
         body_rows = np.arange(layers + 1.0)
         for final in (False, True):
-            chosen = part[(part["sublayer"] == "final") == final]
+            chosen = drawn[(drawn["sublayer"] == "final") == final]
             if chosen.empty:
                 continue
             edges = np.array([layers + 0.4, layers + 1.4]) if final else body_rows
@@ -87,7 +77,7 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
                             (x, edges[row]),
                             1,
                             edges[row + 1] - edges[row],
-                            facecolor=PALE,
+                            facecolor=plotting.PALE,
                             edgecolor="#b5b5b5",
                             hatch="////",
                             linewidth=0.3,
@@ -97,19 +87,17 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
         ticks = list(range(0, columns, step))
         names = ["emb" if t == 0 else str(t) for t in ticks]
         axis.set_xticks([t + 0.5 for t in ticks] + [columns + 0.9], [*names, "current"], fontsize=6.5)
-        axis.set_title(f"before {SUBLAYER_NAMES[sublayer]}", color=GREY, fontsize=8)
+        axis.set_title(f"before {words.sublayer_name(sublayer)}", color=plotting.GREY, fontsize=8)
         axis.set_xlim(-0.05, columns + 1.45)
         axis.set_xlabel("source")
         axis.tick_params(length=0)
         axis.spines[["left", "bottom"]].set_visible(False)
-        if "band" in routing.columns:
-            _band_lines(axis, part, columns)
     axes[0].set_ylim(rows + 0.05, -0.05)
     every = -(-layers // 14)
     y_names = [str(k) for k in range(0, layers, every)] + (["final"] if has_final else [])
     axes[0].set_yticks([k + 0.5 for k in range(0, layers, every)] + ([layers + 0.9] if has_final else []), y_names)
     axes[0].set_ylabel("layer")
-    figure.suptitle(label(title), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    plotting.heading(figure, plotting.label(title))
     if mesh is not None:
         bar = figure.colorbar(mesh, ax=list(axes), shrink=0.6, aspect=22, pad=0.02)
         bar.set_label("mean weight", fontsize=7.5)
@@ -118,13 +106,7 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _band_lines(axis: Axes, part: pd.DataFrame, columns: int) -> None:
-    layers = part[part["sublayer"] != "final"].groupby("band", sort=False)["layer"]
-    for last in sorted(layers.max())[:-1]:
-        axis.plot([-0.05, columns + 1.45], [last + 1, last + 1], color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
-
-
-@styled
+@plotting.styled
 def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Figure:
     """A baseline's measured weights on the line that its schedule predicts, and how far off each read is.
 
@@ -134,16 +116,17 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
         title: name of the model.
         limit: the largest deviation that the checks allow, drawn as a dashed line.
     """
-    need(routing, ("read", "source", "num_sources", "weight", "analytic"), "plot against the analytic line")
+    plotting.need(routing, ("read", "source", "num_sources", "weight", "analytic"), "plot against the analytic line")
     table = routing[routing["analytic"].notna() & (routing["num_sources"] > 1)].sort_values(["num_sources", "source"])
     figure = Figure(figsize=(4.5, 4.1), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(1.7, 1))
     newest = table["source"] == table["num_sources"] - 1
-    groups = [("newest source", table[newest], SERIES[1]), ("each other source", table[~newest], SERIES[0])]
+    blue, orange = plotting.SERIES[:2]
+    groups = [("newest source", table[newest], orange), ("each other source", table[~newest], blue)]
     by_role = [g.groupby("num_sources")["analytic"].first() for _, g, _ in groups]
     both = by_role[0].index.intersection(by_role[1].index)
     if len(both) and np.allclose(by_role[0][both], by_role[1][both]):
-        groups = [("every source", table, SERIES[0])]
+        groups = [("every source", table, blue)]
     for name, group, (colour, marker) in groups:
         line = group.groupby("num_sources")["analytic"].first()
         top.plot(line.index, line.to_numpy(), color=colour, linewidth=1.1, label=f"{name}, analytic")
@@ -160,32 +143,32 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
     if len(table):
         top.set_yscale("log")
         top.set_ylim(min(0.05, float(table["weight"].min()) * 0.4), 1.7)
-    top.yaxis.set_major_formatter(FuncFormatter(plain))
+    top.yaxis.set_major_formatter(FuncFormatter(words.plain))
     top.yaxis.set_minor_locator(NullLocator())
     top.xaxis.set_major_locator(MaxNLocator(integer=True))
     top.set_xlabel("number of sources S")
     top.set_ylabel("mean weight")
     top.legend(loc="best", ncols=1)
-    top.set_title(label(title), fontsize=9.5, fontweight="bold")
+    top.set_title(plotting.label(title), fontsize=9.5, fontweight="bold")
     floor = 1e-10
     off = (table["weight"] - table["analytic"]).abs().groupby(table["read"]).max().clip(lower=floor)
-    bottom.vlines(off.index, floor, off.to_numpy(), color=SERIES[0][0], linewidth=0.8)
-    bottom.plot(off.index, off.to_numpy(), "o", color=SERIES[0][0], markersize=3)
-    bottom.axhline(limit, color=SERIES[1][0], linewidth=0.9, linestyle="--")
+    bottom.vlines(off.index, floor, off.to_numpy(), color=blue[0], linewidth=0.8)
+    bottom.plot(off.index, off.to_numpy(), "o", color=blue[0], markersize=3)
+    bottom.axhline(limit, color=orange[0], linewidth=0.9, linestyle="--")
     bottom.annotate(
-        f"limit {plain(limit)}",
+        f"limit {words.plain(limit)}",
         (1, limit),
         xycoords=("axes fraction", "data"),
         ha="right",
         va="bottom",
         fontsize=7,
-        color=INK,
+        color=plotting.INK,
         xytext=(0, 1.5),
         textcoords="offset points",
     )
     bottom.set_yscale("log")
     bottom.set_ylim(floor * 0.5, max(limit, float(off.max()) if len(off) else floor) * 20)
-    bottom.yaxis.set_major_formatter(FuncFormatter(plain))
+    bottom.yaxis.set_major_formatter(FuncFormatter(words.plain))
     bottom.yaxis.set_minor_locator(NullLocator())
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_xlabel("read (0 is the first attention read)")

@@ -1,4 +1,4 @@
-"""What the figures of the probe share: house style, names, number formats, the scale of effects, SVG output.
+"""What the figures of the report share: style, orders, headings, legends, marks, the scale of effects, SVG output.
 
 Colours: viridis for weights, a blue-red map that colour-blind readers can tell apart for signed effects, dark ones
 in the manner of Okabe and Ito for categories; a shape, a fill or a word repeats whatever a colour says.
@@ -7,7 +7,7 @@ in the manner of Okabe and Ito for categories; a shape, a fill or a word repeats
 import functools
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -17,14 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from attnres.depth.places import BANDS, place_kind
+from attnres.depth.places import BANDS, NUMBERED, place_kind
 from attnres.errors import DataError
+from attnres.report.words import plain
+from attnres.tables.names import MASK, Verdict
 
 # From what is given to what is newest.
 DRAWN_FAMILIES = ("embedding", "older", "recent", "current")
-SUBLAYER_NAMES = {"attn": "attention", "mlp": "MLP", "final": "final read", "": "single reads"}
 
 INK, GREY, PALE = "#1b1b1b", "#636363", "#e9e9e9"
 BAND_COLOUR = "#56B4E9"  # of the equivalence band; nothing is told by it alone
@@ -45,7 +48,7 @@ SERIES = (
     ("#8A6D00", "v"),
     ("#4d4d4d", "P"),
 )
-VERDICT_SIGNS = {"causal": "●", "null": "≡", "inconclusive": "○"}
+VERDICT_SIGNS = {Verdict.CAUSAL: "●", Verdict.NULL: "≡", Verdict.INCONCLUSIVE: "○"}
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -77,7 +80,6 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "attnres",
 }
 _P = ParamSpec("_P")
-_PLACE = re.compile(r"(layer|block|read)(\d{1,6})")
 _DOSE = re.compile(r"scale:([0-9.eE+-]+)")
 
 
@@ -121,8 +123,8 @@ def ordered(values: Iterable[str], canonical: Sequence[str]) -> list[str]:
 
 def place_tick(place: str) -> str:
     """A place in a letter or a number: `E` for early, `7` for layer7."""
-    found = _PLACE.fullmatch(place)
-    return found[2] if found else label(place[:1].upper(), 1)
+    numbered = NUMBERED.fullmatch(place)
+    return numbered[2] if numbered else label(place[:1].upper(), 1)
 
 
 def ordered_places(values: Iterable[str]) -> list[str]:
@@ -130,33 +132,22 @@ def ordered_places(values: Iterable[str]) -> list[str]:
     kinds = ("band", "composition", "other", "layer", "block", "read")
 
     def depth(place: str) -> tuple[int, int]:
-        found = _PLACE.fullmatch(place)
-        return kinds.index(place_kind(place)), int(found[2]) if found else 0
+        numbered = NUMBERED.fullmatch(place)
+        return kinds.index(place_kind(place)), int(numbered[2]) if numbered else 0
 
     return sorted(ordered(values, BANDS), key=depth)
 
 
 def dose(intervention: str) -> float | None:
     """The factor x on a family's odds: of `scale:x`, and 0 of `mask`; None of any other intervention."""
-    if intervention == "mask":
+    if intervention == MASK:
         return 0.0
-    found = _DOSE.fullmatch(intervention)
+    scaled = _DOSE.fullmatch(intervention)
     try:
-        value = float(found[1]) if found else float("nan")
+        value = float(scaled[1]) if scaled else float("nan")
     except ValueError:
         return None
     return value if np.isfinite(value) and value >= 0 else None
-
-
-def number(value: float) -> str:
-    """An effect for a reader: signed, three or four decimals, a true minus sign; an en dash for none."""
-    if not np.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    size = abs(value)
-    form = "+.1e" if size < 5e-5 else "+.4f" if size < 0.1 else "+.3f" if size < 10 else "+.1f"
-    return re.sub(r"e([+−])0*(\d)", r"e\1\2", f"{value:{form}}".replace("-", "−"))
 
 
 def effect_limit(cells: pd.DataFrame, margin: float) -> float:
@@ -171,6 +162,55 @@ def need(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
         raise DataError(f"the {figure} needs the column '{missing[0]}', which its table lacks; run the probe again")
 
 
+def heading(figure: Figure, text: str) -> None:
+    """The name of a figure, above it at the left."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+
+
+def family_look(family: str) -> tuple[str, str]:
+    """Colour and marker of a family."""
+    return FAMILY_COLOURS.get(family, GREY), FAMILY_MARKERS.get(family, "X")
+
+
+def series_look(index: int) -> tuple[str, str]:
+    """Colour and marker of the models, runs or places of a figure by their number."""
+    return SERIES[index % len(SERIES)]
+
+
+def legend_marks(names: Iterable[str], looks: Iterable[tuple[str, str]], size: float, **style: Any) -> list[Any]:
+    """What a legend says of each name: its colour and marker, hollow.
+
+    Args:
+        names: as they are to be shown.
+        looks: colour and marker of each.
+        size: of the marker.
+        style: of the line, where it is not solid.
+    """
+    return [
+        Line2D([], [], color=colour, marker=marker, markersize=size, markerfacecolor="white", label=name, **style)
+        for name, (colour, marker) in zip(names, looks, strict=True)
+    ]
+
+
+def legend_families(families: Sequence[str], size: float, **style: Any) -> list[Any]:
+    """`legend_marks` of families."""
+    return legend_marks([label(f, 14) for f in families], map(family_look, families), size, **style)
+
+
+def legend_ends(filled: str, band: str, size: float | None = 4) -> list[Any]:
+    """What every legend of effects ends with: what a filled mark is, and the equivalence band."""
+    mark = Line2D([], [], color=INK, marker="o", linestyle="", markersize=size, label=filled)
+    return [mark, Patch(color=BAND_COLOUR, alpha=0.3, label=band)]
+
+
+def effect_mark(axis: Axes, x: float, record: Mapping[Any, Any], look: tuple[str, str], size: float) -> None:
+    """An effect at `x` over its interval, filled where the verdict is `causal`."""
+    colour, marker = look
+    axis.plot([x, x], [record["dnll_lo"], record["dnll_hi"]], color=colour, linewidth=1)
+    face = colour if record["verdict"] == Verdict.CAUSAL else "white"
+    axis.plot(x, record["dnll"], marker, color=colour, markersize=size, markerfacecolor=face)
+
+
 def effect_norm(limit: float, margin: float) -> SymLogNorm:
     return SymLogNorm(linthresh=margin, linscale=0.6, vmin=-limit, vmax=limit, base=10)
 
@@ -182,21 +222,16 @@ def decades(limit: float, margin: float) -> list[float]:
     return [-e for e in reversed(ends)] + [0.0, *ends]
 
 
-def plain(value: float, _position: object = None) -> str:
-    """A number on an axis or in a table, without padding in its exponent: 0.1, −2, 1e−6."""
-    return re.sub(r"e([+−])0*(\d)", r"e\1\2", f"{value:.3g}".replace("-", "−"))
-
-
 def effect_axis(axis: Axes, which: str, values: Iterable[float], margin: float) -> None:
     """Gives one axis of a plot the effect scale: linear within the margin, logarithmic beyond it."""
     finite = [v for v in values if np.isfinite(v)] or [0.0]
     low, high = min(*finite, -2 * margin), max(*finite, 2 * margin)
     getattr(axis, f"set_{which}scale")("symlog", linthresh=margin, linscale=0.6, base=10)
     getattr(axis, f"set_{which}lim")(low * 1.35, high * 1.35)
-    part = getattr(axis, f"{which}axis")
-    part.set_major_locator(FixedLocator([t for t in decades(max(-low, high), margin) if low <= t <= high]))
-    part.set_minor_locator(NullLocator())
-    part.set_major_formatter(FuncFormatter(plain))
+    scale = getattr(axis, f"{which}axis")
+    scale.set_major_locator(FixedLocator([t for t in decades(max(-low, high), margin) if low <= t <= high]))
+    scale.set_minor_locator(NullLocator())
+    scale.set_major_formatter(FuncFormatter(plain))
     span = axis.axhspan if which == "y" else axis.axvspan
     span(-margin, margin, color=BAND_COLOUR, alpha=0.20, linewidth=0, zorder=0)
     line = axis.axhline if which == "y" else axis.axvline

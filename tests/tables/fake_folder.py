@@ -1,10 +1,15 @@
-"""Tables of a probe that never ran: three models, every kind of cell, written where a report expects them."""
+"""The folder of a probe that never ran: `write_probe` writes any, `write_fake` one of three models and all verdicts."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from attnres.files.whole_files import write_json
+from attnres.tables import columns
+from attnres.tables.columns import Table
+from attnres.tables.folder import PREREGISTRATION, SUMMARY, write_table
 
 LAYERS, BLOCK = 12, 3
 FAMILIES = ("embedding", "older", "recent", "current")
@@ -17,8 +22,8 @@ PILOT, CONFIRM = 24, 64
 def _motif(model, cell, verdict, elsewhere, over_control, matched):
     rows = {"elsewhere": elsewhere, "matched": over_control}
     bounds = {f"{k}_diff{end}": v for k, v in rows.items() for end in ("", "_lo", "_hi")}
-    told = {"model": model, "cell": cell, "verdict": verdict, "matched": matched, "p_holm": 0.0023}
-    return bounds | told | {"effect_learned": "learned" if model == "attnres" else "", "mass_learned": ""}
+    row = {"model": model, "cell": cell, "verdict": verdict, "matched": matched, "p_holm": 0.0023}
+    return bounds | row | {"effect_learned": "learned" if model == "attnres" else "", "mass_learned": ""}
 
 
 def num_sources(convention: str) -> list[int]:
@@ -103,30 +108,7 @@ def cells_table(seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-NUMBERS = (
-    "mass",
-    "mass_lo",
-    "mass_hi",
-    "uniform_share",
-    "uniform_excess",
-    "norm_share",
-    "displacement",
-    "dnll",
-    "dnll_lo",
-    "dnll_hi",
-    "p",
-    "p_holm",
-    "tost_p",
-    "kl",
-    "kl_lo",
-    "kl_hi",
-    "kl_upper_p",
-    "kl_lower_p",
-    "kl_lower_holm",
-    "flips",
-    "documents_needed",
-)
-EXCLUDED = dict.fromkeys(NUMBERS, np.nan) | {"appreciable": False, "verdict": "excluded"}
+EXCLUDED = {"appreciable": False, "verdict": "excluded"}
 
 
 def _statistics(rng: np.random.Generator, model: str, family: str, band: str, mean: float) -> dict:
@@ -321,21 +303,27 @@ def summary_table() -> dict:
     }
 
 
-def write_tables(folder: Path, seed: int = 0) -> Path:
-    """Writes everything that a probe leaves for its report, and returns the folder."""
+def write_probe(folder: Path, frames: Mapping[Table, pd.DataFrame], registered: dict, summary: dict) -> Path:
+    """Writes tables, preregistration and summary as a probe does, and returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    for table, frame in frames.items():
+        write_table(folder, table, frame)
+    write_json(folder / PREREGISTRATION, registered)
+    write_json(folder / SUMMARY, summary)
+    return folder
+
+
+def write_fake(folder: Path, seed: int = 0) -> Path:
+    """Writes everything that a probe leaves for its report, and returns the folder."""
     cells = cells_table(seed)
     effects, mass = window_tables(cells, seed)
-    cells.to_csv(folder / "cells.csv", index=False)
-    contrasts_table(cells).to_csv(folder / "contrasts.csv", index=False)
-    routing_table(seed).to_csv(folder / "routing.csv", index=False)
-    effects.to_parquet(folder / "effects.parquet")
-    mass.to_parquet(folder / "mass.parquet")
-    plan = {
-        "families": list(FAMILIES),
-        "bands": {k: [v.start, v.stop] for k, v in BANDS.items()},
-        "margin": MARGIN,
+    frames = {
+        columns.CELLS: cells,
+        columns.CONTRASTS: contrasts_table(cells),
+        columns.ROUTING: routing_table(seed),
+        columns.EFFECTS: effects,
+        columns.MASS: mass,
     }
-    (folder / "preregistration.json").write_text(json.dumps(plan))
-    (folder / "summary.json").write_text(json.dumps(summary_table()))
-    return folder
+    bands = {band: [layers.start, layers.stop] for band, layers in BANDS.items()}
+    registered = {"families": list(FAMILIES), "bands": bands, "margin": MARGIN}
+    return write_probe(folder, frames, registered, summary_table())
