@@ -245,7 +245,7 @@ def write_tables(
         "provenance": setting.provenance,
         "plan_notes": _plan_notes(setting.subjects),
         "preregistration": registered_as(folder / "preregistration.json"),
-    } | findings(judged, tables.effects, checks, statistics, models, tables.attribution)
+    } | findings(judged, checks, statistics, models, tables.attribution)
     write_json(folder / "summary.json", summary)
     return judged.cells
 

@@ -29,8 +29,9 @@ from attnres.report.runs import (
     trainings,
 )
 from attnres.report.tables import one_line
-from attnres.statistics.cells import contrast_table
 from attnres.statistics.config import StatisticsConfig
+from attnres.statistics.contrasts import contrast_table
+from attnres.statistics.design import Design
 from attnres.statistics.inference import sign_flip_p
 
 SECTIONS = ("side", "seeds", "steps", "paired")
@@ -109,7 +110,8 @@ def paired_contrasts(runs: Sequence[Run]) -> tuple[pd.DataFrame, str]:
     known = {field.name for field in dataclasses.fields(StatisticsConfig)}
     given = {k: v for k, v in runs[0].tables.summary["statistics"].items() if k in known}
     try:
-        return contrast_table(effects, eligibility, StatisticsConfig(**given), runs[0].label), ""
+        design = Design.of(effects, pd.DataFrame(), eligibility, ["dnll"])
+        return contrast_table(design, StatisticsConfig(**given), runs[0].label), ""
     except (AttnResError, ValueError, TypeError) as error:
         return empty, f"The runs cannot be paired: {one_line(error)}"
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from attnres.report.figures.plotting import SUBLAYER_NAMES, number, plain
 from attnres.report.tables import DISCOVERY, Tables
-from attnres.statistics.motifs import MOTIF_COLUMNS
+from attnres.tables.columns import MOTIFS
 
 _SECRET = re.compile(r"(?i)(passw|secret|credential|api_?key|access_?key|^token$|_token$|authorization)")
 # Settings of a probe that say which cells and models it measures, and how fast.
@@ -89,7 +89,7 @@ def headline(tables: Tables) -> list[str]:
 
 def motifs(tables: Tables) -> list[dict[str, Any]]:
     """Rows of the summary's motifs: all of the trained model, and what stands out in the others."""
-    rows = [{name: row.get(name) for name in MOTIF_COLUMNS} for row in tables.summary["motifs"]]
+    rows = [{name: row.get(name) for name in MOTIFS.names} for row in tables.summary["motifs"]]
     return [row for row in rows if row["model"] == tables.trained or row["verdict"] in ("motif", "uncontrolled")]
 
 

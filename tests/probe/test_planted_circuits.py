@@ -11,7 +11,9 @@ from attnres.probe.passes import Subject
 from attnres.probe.runner import eligibility_table, run_grid
 from attnres.statistics.cells import cell_table
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.dissociation import dissociation_table, spearman_table
+from attnres.statistics.design import Design
+from attnres.statistics.dissociation import dissociation_table
+from attnres.statistics.rank_correlation import spearman_table
 from tests.probe.planted_models import Planted, backup, duplicated_source, norm_trap, one_attention, one_mlp, two_mlps
 
 STATISTICS = StatisticsConfig(sign_flips=999, bootstrap=200)
@@ -39,8 +41,10 @@ def probed(planted: Planted, *more: str) -> Probed:
     run = [spec for spec in specs if spec.cell(subject.plan).eligible]
     tables = run_grid(subject, run, planted.windows, 64)
     eligibility = eligibility_table(subject, specs)
-    measured = (tables.effects, tables.mass, eligibility, STATISTICS)
-    return Probed(planted, cell_table(*measured), dissociation_table(*measured), spearman_table(*measured))
+    design = Design.of(tables.effects, tables.mass, eligibility)
+    spearman = spearman_table(design, STATISTICS)
+    dissociation = dissociation_table(design, spearman, STATISTICS)
+    return Probed(planted, cell_table(design, STATISTICS), dissociation, spearman)
 
 
 @pytest.fixture(scope="module")
