@@ -122,10 +122,10 @@ def _judge(folder: Path, fixed: "Fixed", measured: "Measured", statistics: "Stat
     from attnres.tables.folder import SUMMARY
 
     summary = summarise(folder, fixed, measured)
-    models, effects = summary["models"], measured.effects
-    judged = judge(effects, measured.mass, measured.eligibility, statistics, models)
+    models = summary["models"]
+    judged = judge(measured.effects, measured.mass, measured.eligibility, statistics, models)
     judged.write(folder)
-    claims = findings(judged, effects, summary["checks"], statistics, models, measured.attribution)
+    claims = findings(judged, summary["checks"], statistics, models, measured.attribution)
     write_json(folder / SUMMARY, summary | claims)
     return judged
 

@@ -7,9 +7,11 @@ it judges anew; with several folders it judges the members of a swept grid as on
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from attnres.commands.door import parsed_command
+from attnres.config import agreeing
 from attnres.errors import ConfigError, NumericsError
 
 
@@ -24,19 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rejudge(given: Namespace) -> int:
-    from attnres.statistics.rejudge import combine, judge_anew, read_measured, recompute
+    if given.out is None and len(given.folders) > 1:
+        raise ConfigError("--out: expected a folder for the combined probe, received none")
+    # Checks cost little; statistics and the report, whose libraries take seconds to load, come after them.
+    from attnres.tables.folder import read_measured
 
     if given.out is None:
-        if len(given.folders) > 1:
-            raise ConfigError("--out: expected a folder for the combined probe, received none")
-        _, differing = recompute(read_measured(given.folders[0]))
+        measured = read_measured(given.folders[0])
+        from attnres.statistics.rejudge import recompute
+
+        _, differing = recompute(measured)
         sys.stdout.write(f"differ: {', '.join(differing)}\n" if differing else "all tables are reproduced exactly\n")
         return NumericsError.code if differing else 0
 
+    from attnres.interventions.config import GridConfig
     from attnres.report.report import write_report
+    from attnres.statistics.rejudge import combine, judge_anew
 
     if len(given.folders) > 1:
-        combine(given.folders, given.out)
+        combine(given.folders, given.out, partial(agreeing, GridConfig))
     else:
         judge_anew(read_measured(given.folders[0]), given.out)
     sys.stdout.write(f"{write_report(given.out)}\n")

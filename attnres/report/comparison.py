@@ -19,8 +19,9 @@ from attnres.report.album import FigureEntry, Plate, draw
 from attnres.report.figures import doses, forest
 from attnres.report.page import render_html, render_text, write_report_files
 from attnres.report.runs import Run, cautions, differences, read_effects, read_runs, seed_groups, trainings
-from attnres.statistics.cells import contrast_table
 from attnres.statistics.config import StatisticsConfig
+from attnres.statistics.contrasts import contrast_table
+from attnres.statistics.design import Design
 from attnres.statistics.inference import sign_flip_p
 from attnres.tables import columns
 from attnres.tables.folder import one_line
@@ -105,7 +106,8 @@ def paired_contrasts(runs: Sequence[Run]) -> tuple[pd.DataFrame, str]:
     known = {field.name for field in fields(StatisticsConfig)}
     given = {k: v for k, v in runs[0].tables.summary["statistics"].items() if k in known}
     try:
-        return contrast_table(effects, eligibility, StatisticsConfig(**given), runs[0].label), ""
+        design = Design.of(effects, pd.DataFrame(), eligibility, ["dnll"])
+        return contrast_table(design, StatisticsConfig(**given), runs[0].label), ""
     except (AttnResError, ValueError, TypeError) as error:
         return empty, f"The runs cannot be paired: {one_line(error)}"
 

@@ -31,6 +31,7 @@ from attnres.statistics.simulation import (
     CELLS,
     DISTRIBUTIONS,
     Draw,
+    NoEffect,
     Outcome,
     detection,
     dissociation,
@@ -48,6 +49,7 @@ ERROR_LIMIT, POWER_LIMIT, CONFIDENCE = 0.06, 0.9, 0.99
 _SEED = 2026
 _DEFAULTS = StatisticsConfig()
 _SKETCH = 40
+_NORMAL, _HEAVY, _SKEWED, _LEFT = DISTRIBUTIONS
 
 
 @dataclass(frozen=True)
@@ -105,65 +107,112 @@ def measure(scenario: Scenario, replicates: int, config: StatisticsConfig = _DEF
     high = stats.binomtest(count, replicates, alternative="less").proportion_ci(CONFIDENCE, "exact").high
     met = {"error": high <= ERROR_LIMIT, "power": low >= POWER_LIMIT, "shown": None}[scenario.kind]
     return Rate(
-        *(scenario.name, scenario.kind, scenario.distribution, scenario.documents, replicates, count),
-        *(count / replicates, float(low), float(high), None if met is None else bool(met)),
-        time.perf_counter() - begun,
+        scenario=scenario.name,
+        kind=scenario.kind,
+        distribution=scenario.distribution,
+        documents=scenario.documents,
+        replicates=replicates,
+        count=count,
+        rate=count / replicates,
+        low=float(low),
+        high=float(high),
+        met=None if met is None else bool(met),
+        seconds=time.perf_counter() - begun,
     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Scenarios that differ in distribution and documents alone; see `Scenario`."""
+
+    name: str
+    kind: Kind
+    outcome: Callable[[Draw, int], Outcome]
+    distributions: Sequence[str]
+    documents: Sequence[int]
+    replicates: int
+    chunk: int
+
+    def scenarios(self) -> list[Scenario]:
+        """One for each distribution and number of documents."""
+        return [
+            Scenario(
+                name=self.name,
+                kind=self.kind,
+                distribution=distribution,
+                documents=documents,
+                draw=self.outcome(DISTRIBUTIONS[distribution], documents),
+                replicates=self.replicates,
+                chunk=self.chunk,
+            )
+            for distribution in self.distributions
+            for documents in self.documents
+        ]
+
+
+def _plan(outcome: Callable[..., Outcome], kind: Kind, name: str, **how: Any) -> Plan:
+    """A `Plan`; what is not said of it is an error rate of normal values from 96 documents."""
+    usual: dict[str, Any] = {"distributions": (_NORMAL,), "documents": (96,), "replicates": 6_000, "chunk": 50}
+    return Plan(name=name, kind=kind, outcome=outcome, **(usual | how))
 
 
 def scenarios() -> list[Scenario]:
     """Everything that is measured, in the order of the table."""
-    normal, heavy, skewed, left = DISTRIBUTIONS
     none = f"any of {CELLS} cells is causal, none has an effect"
     several = f"{none}; 8 windows a document share half of their variance"
     kl = f"any of {CELLS} cells is causal, KL at the margin"
-    quiet = partial(family_wise, kl_at_margin=True)
-    correlated, by_window = partial(family_wise, shared=0.5), partial(family_wise, shared=0.5, windows=8)
-    naive = partial(by_window, unit="window")
     detected = f"an effect of d = 0.2 in one of {CELLS} cells is causal"
-    kl_limit = partial(null_at_margin, where="kl")
-    differing = partial(dissociation, effect=0.3)
     apart = "a sublayer type is dissociated"
-    alike, controlled, planted = (partial(motif, where=where) for where in ("alike", "controlled", "planted"))
     metric = "a measure predicts effect better or worse than mass"
-    uneven = partial(ranking, noise=2.0)
-    # What, kind, distributions, documents, outcome from (distribution, documents), replicates, and how many at a time.
-    plan: list[tuple[str, Kind, Sequence[str], Sequence[int], Callable[[Draw, int], Outcome], int, int]] = [
-        (none, "error", (normal, heavy, skewed), (512,), family_wise, 6_000, 50),
-        (none, "error", (normal, heavy, skewed), (96,), family_wise, 10_000, 50),
-        (f"{none}; Student's t instead", "shown", (skewed,), (96, 512), student_family_wise, 2_000, 50),
-        (f"{none}; cells share half of their variance", "error", (normal,), (96,), correlated, 6_000, 50),
-        (several, "error", (normal, heavy), (60,), by_window, 6_000, 50),
-        (f"{several}; windows taken as units", "shown", (normal,), (60,), naive, 500, 25),
-        (f"{kl}, dNLL zero", "error", (skewed,), (96, 512), partial(quiet, varies=False), 6_000, 100),
-        (f"{kl} and dNLL without effect: both tests at their limit", "shown", (skewed,), (96,), quiet, 4_000, 50),
-        (detected, "power", (normal,), (512,), detection, 2_000, 50),
-        (detected, "shown", (heavy, skewed, left), (512,), detection, 1_000, 50),
-        ("null, dNLL at the margin", "error", (normal, heavy, skewed, left), (96, 512), null_at_margin, 20_000, 1000),
-        ("null, KL at the margin", "error", (normal, skewed), (96, 512), kl_limit, 20_000, 1000),
-        (f"{apart}, effects alike", "error", (normal, skewed), (512,), dissociation, 6_000, 100),
-        (f"{apart}, effects differ by d = 0.3", "power", (normal,), (512,), differing, 1_000, 100),
-        ("any motif, cells as elsewhere in their family", "error", (normal, skewed), (96, 512), alike, 20_000, 50),
-        ("any motif, a control does as much", "error", (normal, skewed), (96, 512), controlled, 6_000, 50),
-        ("a motif of d = 0.2 is found", "power", (normal,), (512,), planted, 1_000, 50),
-        (f"{metric}, all alike", "error", (normal,), (96, 512), ranking, 6_000, 100),
-        (f"{metric}, all alike, mass known twice as well", "shown", (normal,), (512,), uneven, 2_000, 100),
-        (f"{metric}, the others know the ranks", "shown", (normal,), (512,), partial(ranking, better=True), 500, 100),
-        ("a 95% BCa interval misses", "shown", (normal, heavy, skewed), (96, 512), interval_misses, 1_000, 500),
+
+    def alike(**truth: Any) -> Callable[..., Outcome]:
+        return partial(family_wise, truth=NoEffect(**truth))
+
+    three, four, both = (_NORMAL, _HEAVY, _SKEWED), (_NORMAL, _HEAVY, _SKEWED, _LEFT), (96, 512)
+    plans = [
+        _plan(family_wise, "error", none, distributions=three, documents=(512,)),
+        _plan(family_wise, "error", none, distributions=three, replicates=10_000),
+        _plan(student_family_wise, "shown", f"{none}; Student's t instead",
+              distributions=(_SKEWED,), documents=both, replicates=2_000),
+        _plan(alike(shared=0.5), "error", f"{none}; cells share half of their variance"),
+        _plan(alike(shared=0.5, windows=8), "error", several, distributions=(_NORMAL, _HEAVY), documents=(60,)),
+        _plan(alike(shared=0.5, windows=8, unit="window"), "shown", f"{several}; windows taken as units",
+              documents=(60,), replicates=500, chunk=25),
+        _plan(alike(kl_at_margin=True, varies=False), "error", f"{kl}, dNLL zero",
+              distributions=(_SKEWED,), documents=both, chunk=100),
+        _plan(alike(kl_at_margin=True), "shown", f"{kl} and dNLL without effect: both tests at their limit",
+              distributions=(_SKEWED,), replicates=4_000),
+        _plan(detection, "power", detected, documents=(512,), replicates=2_000),
+        _plan(detection, "shown", detected,
+              distributions=(_HEAVY, _SKEWED, _LEFT), documents=(512,), replicates=1_000),
+        _plan(null_at_margin, "error", "null, dNLL at the margin",
+              distributions=four, documents=both, replicates=20_000, chunk=1000),
+        _plan(partial(null_at_margin, where="kl"), "error", "null, KL at the margin",
+              distributions=(_NORMAL, _SKEWED), documents=both, replicates=20_000, chunk=1000),
+        _plan(dissociation, "error", f"{apart}, effects alike",
+              distributions=(_NORMAL, _SKEWED), documents=(512,), chunk=100),
+        _plan(partial(dissociation, effect=0.3), "power", f"{apart}, effects differ by d = 0.3",
+              documents=(512,), replicates=1_000, chunk=100),
+        _plan(partial(motif, where="alike"), "error", "any motif, cells as elsewhere in their family",
+              distributions=(_NORMAL, _SKEWED), documents=both, replicates=20_000),
+        _plan(partial(motif, where="controlled"), "error", "any motif, a control does as much",
+              distributions=(_NORMAL, _SKEWED), documents=both),
+        _plan(partial(motif, where="planted"), "power", "a motif of d = 0.2 is found",
+              documents=(512,), replicates=1_000),
+        _plan(ranking, "error", f"{metric}, all alike", documents=both, chunk=100),
+        _plan(partial(ranking, noise=2.0), "shown", f"{metric}, all alike, mass known twice as well",
+              documents=(512,), replicates=2_000, chunk=100),
+        _plan(partial(ranking, better=True), "shown", f"{metric}, the others know the ranks",
+              documents=(512,), replicates=500, chunk=100),
+        _plan(interval_misses, "shown", "a 95% BCa interval misses",
+              distributions=three, documents=both, replicates=1_000, chunk=500),
     ]  # fmt: skip
-    return [
-        Scenario(
-            name, kind, distribution, documents, outcome(DISTRIBUTIONS[distribution], documents), replicates, chunk
-        )
-        for name, kind, distributions, counts, outcome, replicates, chunk in plan
-        for distribution in distributions
-        for documents in counts
-    ]
+    return [scenario for plan in plans for scenario in plan.scenarios()]
 
 
 def table(rates: Sequence[Rate]) -> str:
     """The rates as a Markdown table."""
-    told = {"error": f"error, at most {ERROR_LIMIT}", "power": f"power, at least {POWER_LIMIT}", "shown": "shown"}
+    asked = {"error": f"error, at most {ERROR_LIMIT}", "power": f"power, at least {POWER_LIMIT}", "shown": "shown"}
     lines = [
         "| what | values | documents | replicates | rate | 99% bounds | asked | met |",
         "|---|---|---:|---:|---:|---|---|---|",
@@ -172,7 +221,7 @@ def table(rates: Sequence[Rate]) -> str:
         met = {True: "yes", False: "NO", None: ""}[rate.met]
         lines.append(
             f"| {rate.scenario} | {rate.distribution} | {rate.documents} | {rate.replicates} | {rate.rate:.4f} "
-            f"| {rate.low:.4f} to {rate.high:.4f} | {told[rate.kind]} | {met} |"
+            f"| {rate.low:.4f} to {rate.high:.4f} | {asked[rate.kind]} | {met} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -194,7 +243,7 @@ def run(folder: Path, full: bool, jobs: int = 1, progress: Callable[[Rate], None
     folder.mkdir(parents=True, exist_ok=True)
     known = [Rate(**row) for row in json.loads(path.read_text())["rates"]] if path.is_file() else []
     kept = {(rate.scenario, rate.distribution, rate.documents, rate.replicates): rate for rate in known}
-    found: dict[int, Rate] = {}
+    rates: dict[int, Rate] = {}
     missing: list[tuple[int, int]] = []
     for place, scenario in enumerate(scenarios()):
         replicates = scenario.replicates if full else max(scenario.replicates // _SKETCH, 50)
@@ -202,24 +251,28 @@ def run(folder: Path, full: bool, jobs: int = 1, progress: Callable[[Rate], None
         if rate is None:
             missing.append((place, replicates))
         else:
-            found[place] = rate
+            rates[place] = rate
+
+    def in_order() -> list[Rate]:
+        return [rate for _, rate in sorted(rates.items())]
 
     def write() -> None:
-        setting: dict[str, Any] = {"seed": _SEED, "full": full, "statistics": to_plain(_DEFAULTS)}
-        write_json(path, setting | {"rates": [asdict(rate) for _, rate in sorted(found.items())]})
-        write_text(folder / "power.md", table([rate for _, rate in sorted(found.items())]))
+        how = {"seed": _SEED, "full": full, "statistics": to_plain(_DEFAULTS)}
+        write_json(path, how | {"rates": [asdict(rate) for rate in in_order()]})
+        write_text(folder / "power.md", table(in_order()))
+
+    def keep(place: int, rate: Rate) -> None:
+        rates[place] = rate
+        progress(rate)
+        write()
 
     if jobs == 1:
         for place, replicates in missing:
-            found[place] = _measure(place, replicates)
-            progress(found[place])
-            write()
+            keep(place, _measure(place, replicates))
     else:
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             waiting = {pool.submit(_measure, place, replicates): place for place, replicates in missing}
             for done in as_completed(waiting):
-                found[waiting[done]] = done.result()
-                progress(done.result())
-                write()
+                keep(waiting[done], done.result())
     write()
-    return [rate for _, rate in sorted(found.items())]
+    return in_order()

@@ -154,19 +154,29 @@ def bca_interval(values: Floats, resamples: int, level: float, seed: int) -> tup
     varying = np.flatnonzero(~is_constant(values))
     if varying.size == 0:
         return low, high
+    documents = len(values)
     rows = np.ascontiguousarray(np.sort(values[:, varying], axis=0).T)
-    # Rounded to 2^-32 of the largest, values have exact sums: the order of additions, which depends on the
-    # other columns, cannot turn a tie of resampled means into a difference.
+    # Rounded to 2^-32 of the largest, values have exact sums: neither the order of additions nor the other columns can
+    # turn a tie of resampled means into a difference.
     unit = np.exp2(np.frexp(np.abs(rows).max(axis=1, keepdims=True))[1] - 32.0)
     rows = np.round(rows / unit) * unit
+
+    def means(drawn: NDArray[np.integer], axis: int = -1) -> Floats:
+        """Means [columns, ...] of the documents that were drawn, [..., draws]."""
+        flat = drawn.reshape(-1, drawn.shape[axis])
+        places = flat + documents * np.arange(len(flat))[:, None]
+        counts = np.bincount(places.ravel(), minlength=documents * len(flat)).reshape(len(flat), documents)
+        drawn_means = counts.astype(np.float64) @ rows.T / flat.shape[1]
+        return drawn_means.T.reshape(len(rows), *drawn.shape[:axis])
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns where BCa is degenerate: handled below
+        # Documents are drawn, not values: how often each was drawn serves all columns.
         result = stats.bootstrap(
-            (rows,),
-            np.mean,
-            axis=1,
+            (np.arange(documents),),
+            means,
             n_resamples=resamples,
-            batch=max(1, _CHUNK_VALUES // rows.size),
+            batch=max(1, _CHUNK_VALUES // documents),
             vectorized=True,
             confidence_level=level,
             method="BCa",
@@ -179,6 +189,11 @@ def bca_interval(values: Floats, resamples: int, level: float, seed: int) -> tup
     low[varying] = np.where(undefined, percentile[0], interval.low)
     high[varying] = np.where(undefined, percentile[1], interval.high)
     return low, high
+
+
+def interval(values: Floats, config: StatisticsConfig) -> tuple[Floats, Floats]:
+    """`bca_interval` with the resamples, level and seed of a configuration."""
+    return bca_interval(values, config.bootstrap, 1 - config.alpha, config.seed)
 
 
 def one_sided_p(values: Floats, bound: float, alternative: Literal["less", "greater"]) -> Floats:
@@ -237,19 +252,6 @@ class MarginTests(NamedTuple):
 def margin_tests(dnll: Floats, kl: Floats, margin: float) -> MarginTests:
     """The tests of each cell against the margin; dnll and kl [documents, columns], all in nats/token."""
     return MarginTests(equivalence_p(dnll, margin), one_sided_p(kl, margin, "less"), one_sided_p(kl, margin, "greater"))
-
-
-def cell_verdicts(
-    tost_p: ArrayLike, kl_upper_p: ArrayLike, p_adjusted: ArrayLike, kl_lower_adjusted: ArrayLike, alpha: float
-) -> NDArray[np.str_]:
-    """Verdicts [columns] of eligible cells, in this order.
-
-    "null" if TOST on dNLL and the upper test on KL both pass the margin, even where p is small; "causal" if the
-    adjusted p of dNLL or of "KL exceeds the margin" is at most alpha; else "inconclusive".
-    """
-    null = (np.asarray(tost_p) <= alpha) & (np.asarray(kl_upper_p) <= alpha)
-    causal = (np.asarray(p_adjusted) <= alpha) | (np.asarray(kl_lower_adjusted) <= alpha)
-    return np.select([null, causal], ["null", "causal"], "inconclusive")
 
 
 def adjust_p(p: ArrayLike, family_size: int, method: Literal["holm", "fdr_bh"] = "holm") -> Floats:

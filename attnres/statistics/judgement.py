@@ -1,4 +1,4 @@
-"""From the tables that were measured to every table that is judged, without a model.
+"""From the tables that were measured to everything that is judged, without a model.
 
 The probe calls `judge` on what its runner measured; `attnres.statistics.rejudge` calls it on what a folder holds, and
 gets the same tables to the last digit.
@@ -6,97 +6,75 @@ gets the same tables to the last digit.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from attnres.files.whole_files import write_text
-from attnres.statistics.cells import cell_table, contrast_table
+from attnres.statistics.cells import cell_table
 from attnres.statistics.claims import baseline_disagreements, study_claims
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.dissociation import against_exact, dissociation_table, spearman_table, which_predicts
+from attnres.statistics.contrasts import contrast_table
+from attnres.statistics.design import Design
+from attnres.statistics.dissociation import dissociation_table
+from attnres.statistics.judged import Judged
 from attnres.statistics.motifs import motif_table, permutation_null
+from attnres.statistics.rank_correlation import against_exact, spearman_table, which_predicts
 from attnres.tables.roles import TRAINED, Roles
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Tables of verdicts; each is written as `<name>.csv`."""
-
-    cells: pd.DataFrame
-    contrasts: pd.DataFrame
-    dissociation: pd.DataFrame
-    spearman: pd.DataFrame
-    motifs: pd.DataFrame
-
-    def texts(self) -> dict[str, str]:
-        """File name -> its text."""
-        return {f"{field.name}.csv": getattr(self, field.name).to_csv(index=False) for field in fields(self)}
-
-    def write(self, folder: Path) -> None:
-        for name, text in self.texts().items():
-            write_text(folder / name, text)
 
 
 def judge(
     effects: pd.DataFrame,
     mass: pd.DataFrame,
     eligibility: pd.DataFrame,
-    statistics: StatisticsConfig,
+    config: StatisticsConfig,
     models: Sequence[Mapping[str, Any]],
 ) -> Judged:
-    """Every table of verdicts; see `cell_table`, `contrast_table`, `dissociation_table`, `spearman_table` and
-    `motif_table` for the arguments and for what is refused, and `Roles.of` for `models`.
+    """Every table of verdicts.
+
+    Args:
+        effects, mass, eligibility: as measured; see `Design.of`, which says what is refused.
+        config: what was fixed before.
+        models: rows of a summary; see `Roles.of`.
     """
-    cells = cell_table(effects, mass, eligibility, statistics)
-    contrasts = contrast_table(effects, eligibility, statistics, TRAINED, mass=mass)
+    design = Design.of(effects, mass, eligibility)
+    cells, contrasts = cell_table(design, config), contrast_table(design, config)
+    spearman = spearman_table(design, config)
     return Judged(
-        cells,
-        contrasts,
-        dissociation_table(effects, mass, eligibility, statistics),
-        spearman_table(effects, mass, eligibility, statistics),
-        motif_table(effects, cells, contrasts, statistics, TRAINED, Roles.of(models).uniform),
+        design=design,
+        cells=cells,
+        contrasts=contrasts,
+        dissociation=dissociation_table(design, spearman, config),
+        spearman=spearman,
+        motifs=motif_table(design, cells, contrasts, config, Roles.of(models).uniform),
     )
 
 
 def findings(
     judged: Judged,
-    effects: pd.DataFrame,
     checks: Sequence[Mapping[str, Any]],
-    statistics: StatisticsConfig,
+    config: StatisticsConfig,
     models: Sequence[Mapping[str, Any]],
     attribution: pd.DataFrame,
 ) -> dict[str, Any]:
-    """The parts of `summary.json` that are judged: claims, dissociation, what predicts effect, nulls, and how estimates
-    from gradients, where there are any, stand to the exact effects.
+    """What `summary.json` says of the tables: claims, dissociation, what predicts effect, nulls, and how estimates from
+    gradients, where there are any, stand to the exact effects.
 
     `models` are the summary's own rows, which say of a control what was trained in it.
     """
     roles = Roles.of(models)
-    found = {
-        "claims": study_claims(
-            judged.cells,
-            judged.contrasts,
-            judged.dissociation,
-            judged.motifs,
-            judged.spearman,
-            [dict(check) for check in checks],
-            statistics,
-            roles,
-        ),
+    said = {
+        "claims": study_claims(judged, checks, config, roles),
         "baselines": baseline_disagreements(judged.contrasts, roles),
         "dissociation": _dissociation_rows(judged.dissociation),
         "spearman": records(judged.spearman),
         "motifs": records(judged.motifs),
-        "predicts": which_predicts(judged.spearman, statistics.alpha, TRAINED),
+        "predicts": which_predicts(judged.spearman, config.alpha),
     }
-    if statistics.permutations:
-        found["permuted_labels"] = permutation_null(effects, judged.cells, statistics, statistics.permutations)
+    if config.permutations:
+        said["permuted_labels"] = permutation_null(judged.design, judged.cells, config)
     if len(attribution):
-        found |= against_exact(attribution, effects, statistics)
-    return found
+        said |= against_exact(attribution, judged.design, config)
+    return said
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

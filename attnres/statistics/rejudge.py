@@ -1,14 +1,11 @@
-"""The judged tables again from what a probe measured, and one judgement over the parts of a swept grid.
-
-    python -m attnres.commands.rejudge DIR                      say which tables differ from those in DIR
-    python -m attnres.commands.rejudge DIR --out OUT            the probe judged anew: tables, claims, report
-    python -m attnres.commands.rejudge DIR DIR ... --out OUT    one grid from parts, corrected over all of it
+"""The judged tables again from what a probe measured, and one judgement over the members of a swept grid.
 
 No model is loaded: `effects.parquet`, `mass.parquet`, `eligibility.csv` and `preregistration.json` are enough.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +15,31 @@ from attnres.config import build
 from attnres.errors import ConfigError, DataError, StorageError
 from attnres.files.provenance import git_state
 from attnres.files.whole_files import whole_file, write_json, write_text
-from attnres.statistics.cells import EFFECTS, MASSES, SLICE
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.judgement import Judged, findings, judge
-from attnres.tables.folder import Measured, read_measured, registered_as
+from attnres.statistics.design import EFFECT_MEASURES, MASS_MEASURES, OF_EFFECT, OF_MASS
+from attnres.statistics.judged import Judged
+from attnres.statistics.judgement import findings, judge
+from attnres.tables import columns
+from attnres.tables.folder import PREREGISTRATION, SUMMARY, Measured, read_measured, registered_as
 
-# Settings of a probe that say which part of the grid it runs; parts must agree in all the others.
-PART_KEYS = ("families", "sublayers", "bands", "intervention", "interventions", "controls", "places", "cells")
-EXECUTION_KEYS = ("batch_size", "cells_per_pass")
+# Of the models, and so the same in every member of a grid.
+_OF_MODELS = (columns.ROUTING.name, "viewer.json")
 # What a probe leaves of its models, and what was fixed before: everything that no judgement changes.
-MEASURED = ("preregistration.json", "effects.parquet", "effects.csv", "mass.parquet", "eligibility.csv", "routing.csv",
-            "viewer.json", "attribution.parquet")  # fmt: skip
+MEASURED = (
+    *(PREREGISTRATION, columns.EFFECTS.name, "effects.csv", columns.MASS.name, columns.ELIGIBILITY.name),
+    *(*_OF_MODELS, columns.ATTRIBUTION.name),
+)
 # Largest difference, in nats/token or of a share, between two measurements of one thing: rounding on other machines.
 OVERLAP_LIMIT = 1e-5
-_AGAIN = "run the probe again, or name the folder that it wrote"
-
-
-def _statistics(measured: Measured) -> StatisticsConfig:
-    return build(StatisticsConfig, dict(measured.registered["statistics"]), "statistics")
+# Lists of a preregistration that the members of a grid share out among them.
+_SHARED_OUT = ("cells", "exclusions", "eligibility", "interventions", "families", "sublayers", "earlier_looks")
 
 
 def recompute(measured: Measured) -> tuple[Judged, list[str]]:
     """The judged tables, and the names of those that the folder lacks or has otherwise."""
-    models = measured.summary["models"]
-    judged = judge(measured.effects, measured.mass, measured.eligibility, _statistics(measured), models)
+    judged = judge(
+        measured.effects, measured.mass, measured.eligibility, _statistics(measured), measured.summary["models"]
+    )
     differing = []
     for name, text in judged.texts().items():
         path = measured.folder / name
@@ -57,152 +55,162 @@ def judge_anew(measured: Measured, out: Path) -> None:
         StorageError: `out` cannot be written.
     """
     judged, _ = recompute(measured)
-    summary = dict(measured.summary) | findings(
-        judged,
-        measured.effects,
-        measured.summary.get("checks", []),
-        _statistics(measured),
-        measured.summary["models"],
-        measured.attribution,
-    )
-    git = git_state()
-    summary["judged_anew"] = {
-        "command": f"python -m attnres.commands.rejudge {measured.folder} --out {out}",
-        "git": git,
-    }
+    summary = dict(measured.summary) | _findings(judged, measured, measured.attribution)
+    command = f"python -m attnres.commands.rejudge {measured.folder} --out {out}"
+    summary["judged_anew"] = {"command": command, "git": git_state()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in MEASURED:
             if (measured.folder / name).is_file() and measured.folder.resolve() != out.resolve():
-                with whole_file(out / name) as part:
-                    shutil.copyfile(measured.folder / name, part)
+                with whole_file(out / name) as temporary:
+                    shutil.copyfile(measured.folder / name, temporary)
         judged.write(out)
-        write_json(out / "summary.json", summary)
+        write_json(out / SUMMARY, summary)
     except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error.strerror}); free space or name another --out") from error
+        raise _not_written(out, error) from error
 
 
-def combine(folders: Sequence[Path], out: Path) -> None:
-    """Judge the parts of one swept grid as the one grid that they are, and write it like a probe, without a report.
+def combine(folders: Sequence[Path], out: Path, agreeing: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    """Judge the members of one swept grid as the one grid that they are, and write it like a probe, without a report.
 
     Args:
-        folders: the parts, in the order in which their cells are listed.
+        folders: the members, in the order in which their cells are listed.
         out: the folder to write, which must not be one of them.
+        agreeing: those settings of a probe, of all that it registered, in which members agree.
 
     Raises:
-        ConfigError: fewer than two parts, or parts that do not belong together.
-        DataError: a part that cannot be read, or parts that measured one thing differently.
+        ConfigError: fewer than two members, or members that do not belong together.
+        DataError: a member that cannot be read, or members that measured one thing differently.
         StorageError: `out` cannot be written.
     """
     if len(folders) < 2 or len({folder.resolve() for folder in (*folders, out)}) != len(folders) + 1:
-        raise ConfigError("parts: expected two or more different folders, and --out naming another one")
-    parts = [read_measured(folder) for folder in folders]
-    first = parts[0]
-    for part in parts[1:]:
-        _belong_together(first, part)
-    effects = _merged(parts, "effects", ["model", "cell", "window"], EFFECTS)
-    mass = _merged(parts, "mass", ["model", *SLICE, "window"], MASSES)
-    attribution = pd.concat([part.attribution for part in parts], ignore_index=True)
-    if len(attribution):
-        attribution = _merged(parts, "attribution", ["model", "cell", "window"], ["estimate"])
-    eligibility = pd.concat([part.eligibility for part in parts], ignore_index=True)
-    said = eligibility.drop_duplicates(["model", "cell", "eligible", "reason"])
-    twice = said[said.duplicated(["model", "cell"])]
-    if len(twice):
-        row = twice.iloc[0]
-        raise DataError(f"{row['cell']} of {row['model']} is eligible in one part and not in another: they do not fit")
-    eligibility = eligibility.drop_duplicates(["model", "cell"], ignore_index=True)
-    judged = judge(effects, mass, eligibility, _statistics(first), first.summary["models"])
+        raise ConfigError("members: expected two or more different folders, and --out naming another one")
+    members = [read_measured(folder) for folder in folders]
+    for member in members[1:]:
+        _belong_together(members[0], member, agreeing)
+    grid = _joined(members)
+    first = members[0]
+    judged = judge(grid.effects, grid.mass, grid.eligibility, _statistics(first), first.summary["models"])
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "preregistration.json", _registered(parts))
-        effects.to_parquet(out / "effects.parquet", index=False)
-        effects.to_csv(out / "effects.csv", index=False)
-        mass.to_parquet(out / "mass.parquet", index=False)
-        if len(attribution):
-            attribution.to_parquet(out / "attribution.parquet", index=False)
+        write_json(out / PREREGISTRATION, _registered(members))
+        grid.effects.to_parquet(out / columns.EFFECTS.name, index=False)
+        grid.effects.to_csv(out / "effects.csv", index=False)
+        grid.mass.to_parquet(out / columns.MASS.name, index=False)
+        if len(grid.attribution):
+            grid.attribution.to_parquet(out / columns.ATTRIBUTION.name, index=False)
         judged.write(out)
-        write_text(out / "eligibility.csv", eligibility.to_csv(index=False))
-        for name in ("routing.csv", "viewer.json"):  # of the models, and so the same in every part
+        write_text(out / columns.ELIGIBILITY.name, grid.eligibility.to_csv(index=False))
+        for name in _OF_MODELS:
             if (first.folder / name).is_file():
                 write_text(out / name, (first.folder / name).read_text(encoding="utf-8"))
-        write_json(out / "summary.json", _summary(parts, out, judged, effects, eligibility, attribution))
+        write_json(out / SUMMARY, _summary(members, out, grid) | _findings(judged, first, grid.attribution))
     except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error.strerror}); free space or name another --out") from error
+        raise _not_written(out, error) from error
 
 
-def _belong_together(first: Measured, part: Measured) -> None:
-    ours, theirs = first.registered, part.registered
-    left_out = (*PART_KEYS, *EXECUTION_KEYS)
+def _statistics(measured: Measured) -> StatisticsConfig:
+    return build(StatisticsConfig, dict(measured.registered["statistics"]), "statistics")
+
+
+def _findings(judged: Judged, measured: Measured, attribution: pd.DataFrame) -> dict[str, Any]:
+    summary = measured.summary
+    return findings(judged, summary.get("checks", []), _statistics(measured), summary["models"], attribution)
+
+
+def _not_written(out: Path, error: OSError) -> StorageError:
+    return StorageError(f"{out}: cannot be written ({error.strerror}); free space or name another --out")
+
+
+def _belong_together(
+    first: Measured, member: Measured, agreeing: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> None:
+    ours, theirs = first.registered, member.registered
     compared: dict[str, tuple[Any, Any]] = {
         "hashes (data, tokenizer, checkpoints)": (ours["hashes"], theirs["hashes"]),
         "statistics": (ours["statistics"], theirs["statistics"]),
         "splits": (ours["splits"], theirs["splits"]),
         "models": (ours.get("models"), theirs.get("models")),
-        "probe settings": (_without(ours["probe"], left_out), _without(theirs["probe"], left_out)),
+        "probe settings": (agreeing(ours["probe"]), agreeing(theirs["probe"])),
     }
     for name, (mine, other) in compared.items():
         if mine != other:
             raise ConfigError(
-                f"{part.folder} is not a part of the grid of {first.folder}: their {name} differ; combine probes that "
-                "differ in the part of the grid alone"
+                f"{member.folder} is not a member of the grid of {first.folder}: their {name} differ; combine probes "
+                "that differ in their share of the grid alone"
             )
 
 
-def _without(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in keys}
+@dataclass(frozen=True)
+class _Grid:
+    """What the members of a grid measured, as one probe would have."""
+
+    effects: pd.DataFrame
+    mass: pd.DataFrame
+    eligibility: pd.DataFrame
+    attribution: pd.DataFrame
 
 
-def _merged(parts: Sequence[Measured], name: str, key: list[str], values: list[str]) -> pd.DataFrame:
-    """One table of all parts; what several of them measured must agree, and is taken from the first."""
-    table = pd.concat([getattr(part, name) for part in parts], ignore_index=True)
-    grouped = table.groupby(key, sort=False)[values]
-    spread = grouped.max() - grouped.min()
-    if table.duplicated(key).any() and (spread > OVERLAP_LIMIT).to_numpy().any():
-        where = spread.index[(spread > OVERLAP_LIMIT).any(axis=1)][0]
+def _joined(members: Sequence[Measured]) -> _Grid:
+    """The tables of all members; what several of them measured is taken from the first.
+
+    Raises:
+        DataError: members differ in what both measured.
+    """
+
+    def merged(name: str, key: list[str], values: list[str]) -> pd.DataFrame:
+        table = pd.concat([getattr(member, name) for member in members], ignore_index=True)
+        if table.empty or not table.duplicated(key).any():
+            return table
+        grouped = table.groupby(key, sort=False)[values]
+        spread = grouped.max() - grouped.min()
+        differing = spread.index[(spread > OVERLAP_LIMIT).any(axis=1)]
+        if len(differing):
+            where = ", ".join(map(str, differing[0]))
+            raise DataError(f"members differ in the {name} of {where}: measure it again with one of them")
+        return table.drop_duplicates(key, ignore_index=True)
+
+    effects = merged("effects", [*OF_EFFECT, "window"], EFFECT_MEASURES)
+    mass = merged("mass", [*OF_MASS, "window"], MASS_MEASURES)
+    attribution = merged("attribution", [*OF_EFFECT, "window"], ["estimate"])
+    eligibility = pd.concat([member.eligibility for member in members], ignore_index=True)
+    verdicts = eligibility.drop_duplicates([*OF_EFFECT, "eligible", "reason"])
+    twice = verdicts[verdicts.duplicated(OF_EFFECT)]
+    if len(twice):
+        row = twice.iloc[0]
         raise DataError(
-            f"parts differ in the {name} of {', '.join(map(str, where))}: measure it again with one of them"
+            f"{row['cell']} of {row['model']} is eligible in one member and not in another: they do not fit"
         )
-    return table.drop_duplicates(key, ignore_index=True)
+    return _Grid(effects, mass, eligibility.drop_duplicates(OF_EFFECT, ignore_index=True), attribution)
 
 
-def _registered(parts: Sequence[Measured]) -> dict[str, Any]:
-    first = dict(parts[0].registered)
-    told = [registered_as(part.folder / "preregistration.json") | {"folder": part.folder.name} for part in parts]
-
+def _registered(members: Sequence[Measured]) -> dict[str, Any]:
     def united(key: str) -> list[Any]:
-        values = [value for part in parts for value in part.registered.get(key, [])]
+        values = [value for member in members for value in member.registered.get(key, [])]
         return [value for place, value in enumerate(values) if value not in values[:place]]
 
-    lists = ("cells", "exclusions", "eligibility", "interventions", "families", "sublayers", "earlier_looks")
-    return first | {key: united(key) for key in lists} | {"parts": told}
+    kept = [registered_as(member.folder / PREREGISTRATION) | {"folder": member.folder.name} for member in members]
+    return dict(members[0].registered) | {key: united(key) for key in _SHARED_OUT} | {"parts": kept}
 
 
-def _summary(
-    parts: Sequence[Measured],
-    out: Path,
-    judged: Judged,
-    effects: pd.DataFrame,
-    eligibility: pd.DataFrame,
-    attribution: pd.DataFrame,
-) -> dict[str, Any]:
-    first = dict(parts[0].summary)
-    statistics = _statistics(parts[0])
+def _summary(members: Sequence[Measured], out: Path, measured: _Grid) -> dict[str, Any]:
+    """The first member's summary, with the grid, command and preregistration of them all."""
+    first, eligibility = members[0], measured.eligibility
     run_cells = int(eligibility["cell"].nunique())
-    candidates = statistics.grid_cells or run_cells
-    grid = dict(first.get("grid", {})) | {
+    candidates = _statistics(first).grid_cells or run_cells
+    grid = dict(first.summary.get("grid", {})) | {
         "candidate_cells": candidates,
         "run_cells": run_cells,
         "complete": run_cells >= candidates,
         "families": sorted(set(eligibility["family"])),
         "sublayers": sorted(set(eligibility["sublayer"])),
         "bands": sorted(set(eligibility["band"])),
-        "note": f"Combined from {len(parts)} parts: {', '.join(part.folder.name for part in parts)}.",
+        "note": f"Combined from {len(members)} members: {', '.join(member.folder.name for member in members)}.",
     }
-    command = " ".join(["python -m attnres.commands.rejudge", *(str(part.folder) for part in parts), f"--out {out}"])
-    return (
-        first
-        | {"grid": grid, "command": command, "preregistration": registered_as(out / "preregistration.json")}
-        | {"parts": [{"folder": part.folder.name, "command": part.summary.get("command")} for part in parts]}
-        | findings(judged, effects, first.get("checks", []), statistics, first["models"], attribution)
-    )
+    folders = (str(member.folder) for member in members)
+    return dict(first.summary) | {
+        "grid": grid,
+        "command": " ".join(["python -m attnres.commands.rejudge", *folders, f"--out {out}"]),
+        "preregistration": registered_as(out / PREREGISTRATION),
+        "parts": [{"folder": member.folder.name, "command": member.summary.get("command")} for member in members],
+    }

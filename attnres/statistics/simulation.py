@@ -1,11 +1,11 @@
-"""Tables whose truth is known, and what the probe's tests say of them: the outcomes that `power.py` counts.
+"""Tables whose truth is known, and what the probe's tests say of them: the outcomes that `error_rates.py` counts.
 
 Each function returns an `Outcome`: (rng, replicates, config) -> whether it happened, [replicates]. Values are in
 nats/token; the tests are the probe's own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,16 +13,13 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.dissociation import (
-    METRICS,
-    bootstrapped_spearman,
-    document_resamples,
-    paired_differences,
-    percentile_test,
-    pick_cells,
-)
-from attnres.statistics.inference import Floats, adjust_p, bca_interval, cell_verdicts, margin_tests, sign_flip_p
+from attnres.statistics.design import Floats
+from attnres.statistics.dissociation import paired_differences, pick_cells
+from attnres.statistics.inference import adjust_p, bca_interval, margin_tests, sign_flip_p
 from attnres.statistics.motifs import less_elsewhere
+from attnres.statistics.rank_correlation import bootstrapped_spearman, document_resamples, percentile_test
+from attnres.statistics.verdicts import cell_verdicts
+from attnres.tables.names import Measure, Verdict
 
 Outcomes = NDArray[np.bool_]
 Outcome = Callable[[np.random.Generator, int, StatisticsConfig], Outcomes]
@@ -101,20 +98,11 @@ def _holm(p: Floats, cells: int) -> Floats:
     return np.concatenate([adjust_p(grid, cells) for grid in p.reshape(-1, cells)])
 
 
-def family_wise(
-    draw: Draw,
-    documents: int,
-    shared: float = 0.0,
-    windows: int = 1,
-    unit: Literal["document", "window"] = "document",
-    kl_at_margin: bool = False,
-    varies: bool = True,
-) -> Outcome:
-    """Any "causal" verdict in a grid without effects.
+@dataclass(frozen=True)
+class NoEffect:
+    """How values vary in a grid without effects.
 
-    Args:
-        draw: distribution over documents.
-        documents: how many.
+    Attributes:
         shared: share of the variance that is common: to the cells of a document, or, where there are several windows,
             to the windows of a document.
         windows: of each document.
@@ -123,18 +111,29 @@ def family_wise(
         varies: whether dNLL does; otherwise it is zero.
     """
 
+    shared: float = 0.0
+    windows: int = 1
+    unit: Literal["document", "window"] = "document"
+    kl_at_margin: bool = False
+    varies: bool = True
+
+
+def family_wise(draw: Draw, documents: int, truth: NoEffect = NoEffect()) -> Outcome:
+    """Any "causal" verdict in a grid without effects; `draw` is the distribution over documents."""
+
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
         columns = replicates * CELLS
-        if windows > 1:
-            of_document = np.sqrt(shared) * draw(rng, (documents, 1, columns))
-            by_window = of_document + np.sqrt(1 - shared) * draw(rng, (documents, windows, columns))
-            values = by_window.mean(axis=1) if unit == "document" else by_window.reshape(-1, columns)
+        common, own = np.sqrt(truth.shared), np.sqrt(1 - truth.shared)
+        if truth.windows > 1:
+            of_document = common * draw(rng, (documents, 1, columns))
+            by_window = of_document + own * draw(rng, (documents, truth.windows, columns))
+            values = by_window.mean(axis=1) if truth.unit == "document" else by_window.reshape(-1, columns)
         else:
-            of_document = np.sqrt(shared) * draw(rng, (documents, replicates, 1))
-            by_cell = of_document + np.sqrt(1 - shared) * draw(rng, (documents, replicates, CELLS))
+            of_document = common * draw(rng, (documents, replicates, 1))
+            by_cell = of_document + own * draw(rng, (documents, replicates, CELLS))
             values = by_cell.reshape(documents, columns)
-        kl = config.margin * rng.exponential(size=values.shape) if kl_at_margin else np.zeros_like(values)
-        return (verdicts(_WIDE * varies * values, kl, CELLS, config) == "causal").any(axis=1)
+        kl = config.margin * rng.exponential(size=values.shape) if truth.kl_at_margin else np.zeros_like(values)
+        return (verdicts(_WIDE * truth.varies * values, kl, CELLS, config) == Verdict.CAUSAL).any(axis=1)
 
     return outcomes
 
@@ -146,7 +145,7 @@ def detection(draw: Draw, documents: int, d: float = 0.2, planted: int = 1) -> O
         values = draw(rng, (documents, replicates, CELLS))
         values[:, :, :planted] += d
         flat = _WIDE * values.reshape(documents, -1)
-        return verdicts(flat, np.zeros_like(flat), CELLS, config)[:, 0] == "causal"
+        return verdicts(flat, np.zeros_like(flat), CELLS, config)[:, 0] == Verdict.CAUSAL
 
     return outcomes
 
@@ -164,7 +163,7 @@ def null_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "d
             kl = config.margin * (1 + draw(rng, shape))
         tests = margin_tests(dnll, kl, config.margin)
         never = np.ones(replicates)  # the other tests come later in the order of verdicts
-        return cell_verdicts(tests.tost_p, tests.kl_upper_p, never, never, config.alpha) == "null"
+        return cell_verdicts(tests.tost_p, tests.kl_upper_p, never, never, config.alpha) == Verdict.NULL
 
     return outcomes
 
@@ -228,8 +227,8 @@ def motif(draw: Draw, documents: int, where: Literal["alike", "controlled", "pla
         )
         matched = (effects - controls).reshape(documents, -1)
         p = flip_p(elsewhere, config, _GRID_STAGES, "greater", also=matched)
-        found = _holm(p, CELLS).reshape(-1, CELLS) <= config.alpha
-        return found[:, 0] if where == "planted" else np.any(found, axis=1)
+        stands_out = _holm(p, CELLS).reshape(-1, CELLS) <= config.alpha
+        return stands_out[:, 0] if where == "planted" else np.any(stands_out, axis=1)
 
     return outcomes
 
@@ -251,13 +250,13 @@ def ranking(draw: Draw, documents: int, noise: float = 1.0, better: bool = False
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
         few = replace(config, bootstrap=_FEW_RESAMPLES)
         truth = np.arange(CELLS, dtype=float)
-        found = np.zeros(replicates, dtype=bool)
+        differs = np.zeros(replicates, dtype=bool)
         for replicate in range(replicates):
             order = (truth + 6 * rng.normal(size=CELLS)).argsort()
             mass = order.argsort()
             others = (truth, truth) if better else (CELLS - 1 - mass[::-1], order)
-            means = {name: np.asarray(mean, dtype=float) for name, mean in zip(METRICS, (mass, *others), strict=True)}
-            errors = dict.fromkeys(METRICS, noise) | {"mass": 1.0}
+            means = {name: np.asarray(mean, dtype=float) for name, mean in zip(Measure, (mass, *others), strict=True)}
+            errors = dict.fromkeys(Measure, noise) | {Measure.MASS: 1.0}
 
             def by_document(mean: Floats, error: float) -> Floats:
                 return mean + error * np.sqrt(documents) * draw(rng, (documents, CELLS))
@@ -266,11 +265,15 @@ def ranking(draw: Draw, documents: int, noise: float = 1.0, better: bool = False
             resamples = document_resamples(documents, replace(few, seed=config.seed + replicate))
             rho = {
                 name: bootstrapped_spearman(effect, by_document(means[name], errors[name]), resamples)
-                for name in METRICS
+                for name in Measure
             }
-            p = [percentile_test(rho[name] - rho["mass"], config.alpha)[-1] for name in METRICS if name != "mass"]
-            found[replicate] = adjust_p(p, len(p)).min() <= config.alpha
-        return found
+            p = [
+                percentile_test(rho[name] - rho[Measure.MASS], config.alpha).p
+                for name in Measure
+                if name != Measure.MASS
+            ]
+            differs[replicate] = adjust_p(p, len(p)).min() <= config.alpha
+        return differs
 
     return outcomes
 

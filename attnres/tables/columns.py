@@ -59,6 +59,11 @@ class Table:
         """Names of the columns that a reader insists on."""
         return [column.name for column in self.columns if not column.optional]
 
+    @property
+    def measures(self) -> list[str]:
+        """Names of the columns that hold numbers other than counts."""
+        return [column.name for column in self.columns if column.type == "number"]
+
     def missing(self, present: Iterable[str]) -> list[str]:
         """Required columns that are not among `present`."""
         there = set(present)

@@ -17,7 +17,8 @@ from attnres.probe.execution import Execution
 from attnres.probe.passes import run_clean, run_edited
 from attnres.probe.runner import measure
 from attnres.probe.subjects import Subject
-from attnres.statistics.dissociation import against_exact
+from attnres.statistics.design import Design
+from attnres.statistics.rank_correlation import against_exact
 from tests.statistics.probed_tables import QUICK, SLICES, measured
 
 
@@ -110,15 +111,16 @@ def test_estimates_by_window_are_kept_batch_by_batch_and_are_none_without_a_mask
 
 
 def test_against_exact_ranks_cells_by_document():
-    effects, _, _ = measured({("attnres", piece): 0.1 * place for place, piece in enumerate(SLICES)})
+    effects, *others = measured({("attnres", piece): 0.1 * place for place, piece in enumerate(SLICES)})
+    design = Design.of(effects, *others)
     mine = effects[effects["model"] == "attnres"]
     estimates = mine[["model", "cell", "window", "document", "split"]].assign(estimate=2 - mine["dnll"] ** 3)
-    judged = against_exact(estimates, effects, QUICK)
+    judged = against_exact(estimates, design, QUICK)
     rank = judged["attribution_rank"]
     assert rank["rho"] == pytest.approx(-1) and rank["rho_lo"] == pytest.approx(-1) and rank["documents"] == 24
     confirm = mine[mine["split"] == "confirm"].groupby("cell", sort=False)["dnll"].mean()
     assert {row["cell"]: row["dnll"] for row in judged["attribution"]} == pytest.approx(confirm.to_dict())
-    one = against_exact(estimates[estimates["cell"] == estimates["cell"].iloc[0]], effects, QUICK)
+    one = against_exact(estimates[estimates["cell"] == estimates["cell"].iloc[0]], design, QUICK)
     assert one["attribution_rank"]["rho"] is None
     with pytest.raises(ValueError, match="different documents"):
-        against_exact(estimates[estimates["document"] != 20], effects, QUICK)
+        against_exact(estimates[estimates["document"] != 20], design, QUICK)

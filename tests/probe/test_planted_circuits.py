@@ -10,7 +10,9 @@ from attnres.interventions.ids import Intervention, Spec, parse
 from attnres.probe.subjects import Subject
 from attnres.statistics.cells import cell_table
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.dissociation import dissociation_table, spearman_table
+from attnres.statistics.design import Design
+from attnres.statistics.dissociation import dissociation_table
+from attnres.statistics.rank_correlation import spearman_table
 from tests.probe.in_memory import measure_cells
 from tests.probe.planted_models import Planted, backup, duplicated_source, norm_trap, one_attention, one_mlp, two_mlps
 
@@ -37,8 +39,10 @@ def probed(planted: Planted, *more: str) -> Probed:
     specs: list[Spec] = [Intervention("mask", cell.family, cell.sublayer, cell.band) for cell in grid(subject.plan)]
     specs += [parse(text) for text in more]
     measured = measure_cells(subject, specs, planted.windows, 64)
-    tables = (measured.effects, measured.mass, measured.eligibility, STATISTICS)
-    return Probed(planted, cell_table(*tables), dissociation_table(*tables), spearman_table(*tables))
+    design = Design.of(measured.effects, measured.mass, measured.eligibility)
+    spearman = spearman_table(design, STATISTICS)
+    dissociation = dissociation_table(design, spearman, STATISTICS)
+    return Probed(planted, cell_table(design, STATISTICS), dissociation, spearman)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def measured(
 
     `controls` are slices whose `matched` control is there too, with effect `effect[model, slice, "matched"]`.
     """
-    effect, mass, pilot = effect or {}, mass or {}, 8
+    effect, mass = effect or {}, mass or {}
     rng = np.random.default_rng(seed)
     number = np.arange(documents + pilot)
     windows = {"document": number, "window": number * 10, "split": np.where(number < pilot, "pilot", "confirm")}
@@ -100,5 +100,5 @@ def write_folder(folder: Path, effects, mass, eligibility, config=WHOLE, familie
         "models": models, "statistics": asdict(config), "provenance": {},
         "recency": {}, "plan_notes": [], "preregistration": registered_as(folder / "preregistration.json"),
     }  # fmt: skip
-    write_json(folder / "summary.json", summary | findings(judged, effects, [], config, models, pd.DataFrame()))
+    write_json(folder / "summary.json", summary | findings(judged, [], config, models, pd.DataFrame()))
     return folder

@@ -1,13 +1,16 @@
 """Motifs, the null of permuted labels, and the study's claims with their verdict against each baseline."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from attnres.statistics.claims import baseline_disagreements, study_claims
-from attnres.statistics.dissociation import which_predicts
+from attnres.statistics.design import Design
 from attnres.statistics.judgement import judge
-from attnres.statistics.motifs import permutation_null
+from attnres.statistics.motifs import motif_table, permutation_null
+from attnres.statistics.rank_correlation import which_predicts
 from attnres.tables.roles import Roles
 from tests.statistics.probed_tables import QUICK, SLICES, measured, model_rows
 
@@ -27,9 +30,7 @@ def judged_of(effect=None, mass=None, models=("attnres", "uniform"), trainable=N
 
 
 def claims(judged, roles):
-    found = study_claims(
-        judged.cells, judged.contrasts, judged.dissociation, judged.motifs, judged.spearman, [], QUICK, roles
-    )
+    found = study_claims(judged, [], QUICK, roles)
     assert all(set(row["against"]) in (set(roles.baselines + roles.nulls), set()) for row in found)
     assert all(set(row["recurs"]) == set(roles.trained_too) for row in found)
     return {row["claim"]: row for row in found}
@@ -191,11 +192,11 @@ def test_which_predicts_names_the_norm_aware_share():
 
 
 def test_permuted_labels_give_no_motif_beyond_the_level(learned):
-    effects, *_ = measured({("attnres", MOTIF): 0.3, ("attnres", ELSEWHERE): 0.3}, noise=0.1)
-    null = permutation_null(effects, learned[0].cells, QUICK, 60)
+    design = Design.of(*measured({("attnres", MOTIF): 0.3, ("attnres", ELSEWHERE): 0.3}, noise=0.1))
+    null = permutation_null(design, learned[0].cells, replace(QUICK, permutations=60))
     assert null["cells"] == 23 and null["permutations"] == 60
     assert null["found"] <= 8  # binomial(60, .05) exceeds this once in 140
-    assert permutation_null(effects, learned[0].cells, QUICK, 0)["permutations"] == 0
+    assert permutation_null(design, learned[0].cells, QUICK)["permutations"] == 0
 
 
 def test_motifs_of_nothing_are_an_empty_table():
@@ -208,3 +209,27 @@ def test_motifs_of_nothing_are_an_empty_table():
         "inconclusive",
         "not reproduced",
     }
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("contrasts", "verdict"), ("contrasts", "mass_verdict"), ("dissociation", "verdict"),
+                          ("cells", "verdict")],
+)  # fmt: skip
+def test_word_that_is_no_verdict_raises(learned, table, column):
+    judged, roles = learned
+    frame = getattr(judged, table)
+    wrong = replace(judged, **{table: frame.assign(**{column: "certainly"})})
+    with pytest.raises(ValueError, match="'certainly' is not a valid"):
+        motif_table(judged.design, wrong.cells, wrong.contrasts, QUICK, roles.uniform)
+        study_claims(wrong, [], QUICK, roles)
+
+
+def test_tables_hold_plain_words(tmp_path, learned):
+    """An enumeration's member would be written as `Verdict.CAUSAL` by some writers and read back by none."""
+    judged, _ = learned
+    for table in (judged.cells, judged.contrasts, judged.dissociation, judged.spearman, judged.motifs):
+        for name in table.columns[table.dtypes == "str"]:
+            assert {type(word) for word in table[name].dropna()} <= {str}, name
+        table.to_parquet(tmp_path / "table.parquet")
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), table)
+    assert ",causal," in judged.texts()["cells.csv"] and "Verdict." not in "".join(judged.texts().values())

@@ -1,14 +1,15 @@
-"""Recomputing judged tables from what was measured, and combining parts of a grid."""
+"""Recomputing judged tables from what was measured, and combining members of a grid."""
 
 import json
 
 import pandas as pd
 import pytest
 
-from attnres.commands.rejudge import main
+from attnres.commands.rejudge import agreeing, main
 from attnres.errors import ConfigError, DataError
 from attnres.report.report import write_report
-from attnres.statistics.rejudge import combine, judge_anew, read_measured, recompute
+from attnres.statistics.rejudge import combine, judge_anew, recompute
+from attnres.tables.folder import read_measured
 from tests.statistics.probed_tables import measured, write_folder
 
 MOTIF = ("embedding", "mlp", "early")
@@ -20,7 +21,7 @@ def whole(tmp_path):
     return write_folder(tmp_path / "whole", *TABLES)
 
 
-def part(tmp_path, *families, tables=TABLES, **changed):
+def member(tmp_path, *families, tables=TABLES, **changed):
     return write_folder(tmp_path / "-".join(families), *tables, families=families, **changed)
 
 
@@ -92,10 +93,10 @@ def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):
     assert (whole / "motifs.csv").read_text() == "judged by another version"
 
 
-def test_combine_of_parts_is_the_whole_grid(tmp_path, whole):
-    parts = [part(tmp_path, "embedding", "older"), part(tmp_path, "older", "current", "recent")]
-    alone = pd.read_csv(parts[0] / "cells.csv")
-    combine(parts, tmp_path / "out")
+def test_combine_of_members_is_the_whole_grid(tmp_path, whole):
+    members = [member(tmp_path, "embedding", "older"), member(tmp_path, "older", "current", "recent")]
+    alone = pd.read_csv(members[0] / "cells.csv")
+    combine(members, tmp_path / "out", agreeing)
     for name in ("cells", "contrasts", "motifs", "spearman", "dissociation"):
         both = [pd.read_csv(folder / f"{name}.csv") for folder in (whole, tmp_path / "out")]
         keys = [key for key in ("model", "baseline", "cell", "sublayer", "metric") if key in both[0]]
@@ -103,12 +104,12 @@ def test_combine_of_parts_is_the_whole_grid(tmp_path, whole):
         pd.testing.assert_frame_equal(*both)
     joint = pd.read_csv(whole / "cells.csv").set_index(["model", "cell"])
     index = pd.MultiIndex.from_frame(alone[["model", "cell"]])
-    # A part knows the size of the grid, but neither what else was excluded nor the other p.
+    # A member knows the size of the grid, but neither what else was excluded nor the other p.
     assert (alone["p_holm"].to_numpy() >= joint.loc[index, "p_holm"].to_numpy() - 1e-12)[alone["eligible"]].all()
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["grid"]["complete"] and summary["grid"]["run_cells"] == 24
     registered = json.loads((tmp_path / "out" / "preregistration.json").read_text())
-    assert [found["folder"] for found in registered["parts"]] == [folder.name for folder in parts]
+    assert [found["folder"] for found in registered["parts"]] == [folder.name for folder in members]
     assert len(registered["cells"]) == 24
     assert recompute(read_measured(tmp_path / "out"))[1] == []
 
@@ -121,31 +122,31 @@ def test_estimates_from_gradients_are_kept_by_recompute_and_combine(tmp_path, wh
     assert (tmp_path / "anew" / "attribution.parquet").is_file()
     anew = json.loads((tmp_path / "anew" / "summary.json").read_text())
     assert anew["attribution_rank"]["rho"] == pytest.approx(1) and len(anew["attribution"]) == 23
-    parts = [part(tmp_path, "embedding", "older"), part(tmp_path, "older", "current", "recent")]
-    for folder in parts:
+    members = [member(tmp_path, "embedding", "older"), member(tmp_path, "older", "current", "recent")]
+    for folder in members:
         families = json.loads((folder / "preregistration.json").read_text())["probe"]["families"]
         estimates[estimates["family"].isin(families)].to_parquet(folder / "attribution.parquet")
-    combine(parts, tmp_path / "out")
+    combine(members, tmp_path / "out", agreeing)
     joint = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert joint["attribution_rank"] == anew["attribution_rank"]
     assert "estimated to first order" in write_report(tmp_path / "out").read_text()
 
 
-def test_combine_refuses_parts_that_do_not_belong_together(tmp_path):
-    first = part(tmp_path, "embedding")
+def test_combine_refuses_members_that_do_not_belong_together(tmp_path):
+    first = member(tmp_path, "embedding")
     with pytest.raises(ConfigError, match="two or more different folders"):
-        combine([first, first], tmp_path / "out")
-    other = part(tmp_path, "older", hashes={"data": "abc", "checkpoint": "other"})
+        combine([first, first], tmp_path / "out", agreeing)
+    other = member(tmp_path, "older", hashes={"data": "abc", "checkpoint": "other"})
     with pytest.raises(ConfigError, match="their hashes"):
-        combine([first, other], tmp_path / "out")
-    longer = part(tmp_path, "current", probe={"families": ["current"], "length": 32, "seed": 0})
+        combine([first, other], tmp_path / "out", agreeing)
+    longer = member(tmp_path, "current", probe={"families": ["current"], "length": 32, "seed": 0})
     with pytest.raises(ConfigError, match="their probe settings differ"):
-        combine([first, longer], tmp_path / "out")
+        combine([first, longer], tmp_path / "out", agreeing)
     effects, mass, eligibility = TABLES
     changed = effects.assign(dnll=effects["dnll"] + 0.001), mass, eligibility
-    again = part(tmp_path, "embedding", "recent", tables=changed)
-    with pytest.raises(DataError, match="parts differ in the effects of attnres, mask:embedding"):
-        combine([first, again], tmp_path / "out")
+    again = member(tmp_path, "embedding", "recent", tables=changed)
+    with pytest.raises(DataError, match="members differ in the effects of attnres, mask:embedding"):
+        combine([first, again], tmp_path / "out", agreeing)
     assert not (tmp_path / "out").exists()
 
 

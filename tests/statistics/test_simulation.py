@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,14 +14,18 @@ from attnres.statistics import simulation
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.error_rates import Scenario, measure
 from attnres.statistics.inference import sign_flip_p
-from attnres.statistics.simulation import DISTRIBUTIONS
+from attnres.statistics.simulation import DISTRIBUTIONS, NoEffect, family_wise
 
 NORMAL, HEAVY, SKEWED, LEFT = DISTRIBUTIONS
 
 
 def rate(outcome, replicates, distribution=NORMAL, documents=96, chunk=100):
     drawn = outcome(DISTRIBUTIONS[distribution], documents)
-    return measure(Scenario("reduced", "shown", distribution, documents, drawn, replicates, chunk), replicates).rate
+    scenario = Scenario(
+        name="reduced", kind="shown", distribution=distribution, documents=documents, draw=drawn,
+        replicates=replicates, chunk=chunk,
+    )  # fmt: skip
+    return measure(scenario, replicates).rate
 
 
 def most(replicates, level=0.05):
@@ -29,17 +34,15 @@ def most(replicates, level=0.05):
 
 @pytest.mark.parametrize("distribution", [NORMAL, SKEWED])
 def test_family_wise_error_is_held_over_a_grid(distribution):
-    assert rate(simulation.family_wise, 200, distribution) <= most(200)
+    assert rate(family_wise, 200, distribution) <= most(200)
     if distribution == SKEWED:
         assert rate(simulation.student_family_wise, 200, distribution) > most(200)
 
 
 def test_family_wise_error_is_held_with_several_windows_a_document_and_not_by_window():
-    by_window = {"shared": 0.5, "windows": 8}
-    assert rate(lambda draw, n: simulation.family_wise(draw, n, **by_window), 100, documents=60, chunk=50) <= most(100)
-    naive = rate(
-        lambda draw, n: simulation.family_wise(draw, n, unit="window", **by_window), 10, documents=60, chunk=10
-    )
+    by_window = NoEffect(shared=0.5, windows=8)
+    assert rate(partial(family_wise, truth=by_window), 100, documents=60, chunk=50) <= most(100)
+    naive = rate(partial(family_wise, truth=replace(by_window, unit="window")), 10, documents=60, chunk=10)
     assert naive > most(10)
 
 
@@ -90,7 +93,10 @@ def test_measure_does_not_depend_on_how_many_are_asked_for_beyond_whole_chunks()
 
 def test_run_writes_its_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     draw = simulation.null_at_margin(DISTRIBUTIONS[NORMAL], 20)
-    few = [Scenario("null", "error", NORMAL, 20, draw, 4000, 1000), Scenario("same", "shown", NORMAL, 20, draw, 50, 50)]
+    null = Scenario(
+        name="null", kind="error", distribution=NORMAL, documents=20, draw=draw, replicates=4000, chunk=1000
+    )  # fmt: skip
+    few = [null, replace(null, name="same", kind="shown", replicates=50, chunk=50)]
     monkeypatch.setattr(power, "scenarios", lambda: few[:1])
     power.run(tmp_path, full=True)
     monkeypatch.setattr(power, "scenarios", lambda: few)
