@@ -89,11 +89,13 @@ def train(config: TrainConfig, command: str) -> Path:
 
 
 def _fit(run: Run, base: Located | None, signals: StopSignals) -> End:
-    """Data, model, loss, then steps of the trainer; each checkpoint has a manifest and an exported folder."""
+    """Batches, model, loss and gradient, then the steps; each checkpoint has a manifest and an exported folder."""
     config, folder, start = run.config, run.folder, run.start
+    data = RunData(config, run.corpus)
     faults.point("train.model")
     model = initial_model(config, run.corpus, base if start.checkpoint is None else None)
     set_execution(model, config.trainer)
+    module = CausalLMModule(model, config.optim, config.trainer.max_steps, config.seed, config.trainer.loss)
     if _rank() == 0:
         with storage_errors(folder, _FREE):
             record_start(run)
@@ -102,8 +104,6 @@ def _fit(run: Run, base: Located | None, signals: StopSignals) -> End:
     loggers = [CsvLogger(folder / "metrics.csv", start.step), WandbLogger(config.logger, folder, run.plain)]
     checkpoint_io = RunCheckpointIO(model, run.export_info, duties.published, config.trainer.async_checkpoint)
     trainer = build_trainer(config, folder, duties, loggers, checkpoint_io)
-    data = RunData(config, run.corpus)
-    module = CausalLMModule(model, config.optim, config.trainer.max_steps, config.seed, config.trainer.loss)
     log.info(
         "%s: %s parameters, %d x %d tokens a step, steps %d to %d",
         folder,
