@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import signal
+import sys
 from dataclasses import dataclass
 
 VARIABLE = "ATTNRES_FAULT"
@@ -88,9 +89,8 @@ def _strike(action: str) -> None:
     elif action in _ERRORS:
         raise OSError(_ERRORS[action], os.strerror(_ERRORS[action]))
     elif action == "oom":
-        import torch
-
-        raise torch.OutOfMemoryError("injected: tried to allocate more than the device has")
+        # The points that it strikes at come after torch is loaded; this module must not load it.
+        raise sys.modules["torch"].OutOfMemoryError("injected: tried to allocate more than the device has")
     else:
         import resource
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -63,26 +62,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def hardware() -> dict[str, Any]:
-    """Processor, cores, threads and accelerators."""
-    # Commands that read tables alone come by here and must not load it.
-    import torch
-
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-    }
-
-
-def collect(command: str, seeds: Mapping[str, int], hashes: Mapping[str, str | None]) -> dict[str, Any]:
+def collect(
+    command: str, hardware: Mapping[str, Any], seeds: Mapping[str, int], hashes: Mapping[str, str | None]
+) -> dict[str, Any]:
     """One record of where a result came from, as plain containers.
 
     Args:
         command: the command line; values of arguments whose names look like secrets are masked.
+        hardware: see `attnres.processes.hardware`.
         seeds: every seed that was used, by name.
         hashes: fingerprints of configuration, data, tokenizer, checkpoint, by name.
     """
@@ -90,7 +77,7 @@ def collect(command: str, seeds: Mapping[str, int], hashes: Mapping[str, str | N
         "command": redact(command),
         "git": git_state(),
         "versions": versions(),
-        "hardware": hardware(),
+        "hardware": dict(hardware),
         "seeds": dict(seeds),
         "hashes": dict(hashes),
     }

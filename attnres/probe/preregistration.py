@@ -24,6 +24,7 @@ from attnres.interventions.grid import Grid
 from attnres.probe.checks import Check
 from attnres.probe.earlier_probes import earlier_probes
 from attnres.probe.subjects import Subjects
+from attnres.processes.hardware import hardware
 from attnres.tables.folder import PREREGISTRATION, windows_digest
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Fixed:
     def provenance(self) -> dict[str, Any]:
         """Where the results come from: code, versions, hardware, seeds, hashes."""
         seeds = {"probe": self.config.seed, "statistics": self.statistics["seed"]}
-        return collect(self.command, seeds, self.subjects.hashes)
+        return collect(self.command, hardware(), seeds, self.subjects.hashes)
 
 
 def preregistration(fixed: Fixed) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from attnres.files.provenance import collect
 from attnres.files.redaction import redact_values
 from attnres.files.run_folder import CHECKPOINTS, COMPLETE, step_name
 from attnres.files.whole_files import read_object, write_json, write_text
+from attnres.processes.hardware import hardware
 from attnres.training.checkpoint import remove_leftovers
 from attnres.training.config import TrainConfig, config_hash
 from attnres.training.export import ExportInfo
@@ -94,7 +95,7 @@ def record_start(run: Run) -> None:
     }
     if run.config.init.digest is not None:
         hashes["base"] = run.config.init.digest
-    record = collect(run.command, {"training": run.config.seed, "data": run.config.data.seed}, hashes)
+    record = collect(run.command, hardware(), {"training": run.config.seed, "data": run.config.data.seed}, hashes)
     path = run.folder / "provenance.json"
     try:
         earlier = read_object(path) if run.start.step else None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from attnres.files import provenance
+from attnres.processes.hardware import hardware
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +60,9 @@ def test_versions_are_of_every_package_and_none_where_it_is_missing(monkeypatch)
 
 
 def test_collect_is_plain_and_holds_no_secret():
-    record = provenance.collect("train.py hf_token=hf_abcdefghijklmnopqrst seed=3", {"training": 3}, {"data": None})
+    record = provenance.collect(
+        "train.py hf_token=hf_abcdefghijklmnopqrst seed=3", hardware(), {"training": 3}, {"data": None}
+    )
     assert json.loads(json.dumps(record)) == record
     assert record["command"] == "train.py hf_token=*** seed=3"
     assert record["seeds"] == {"training": 3} and record["hashes"] == {"data": None}

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM
 
 from attnres import Qwen3AttnResConfig, Qwen3AttnResForCausalLM, load_model
+from attnres.commands.hydra_door import CONF
 from attnres.depth.plan import CONVENTIONS
 from attnres.model.routing import is_bias, is_final, is_query, is_routing
 from attnres.model.state import Site, Trace
@@ -249,10 +251,11 @@ def test_save_and_load_through_auto_classes(make_model, ids, tmp_path, conventio
 
 
 def test_parameter_count_of_the_0p6b_shape():
-    conf = Path(__file__).parents[2] / "conf" / "model" / "attnres_0p6b.yaml"
-    config = model_config(yaml.safe_load(conf.read_text()), 151669, 0, 2048)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        plain = OmegaConf.to_container(hydra.compose("train", ["+experiment=attnres_0p6b"]).model)
+    config = model_config(plain, 151669, 0, 2048)
     with torch.device("meta"):
         model = Qwen3AttnResForCausalLM(config)
-    routing = sum(p.numel() for name, p in model.named_parameters() if "_res_" in name)
+    routing = sum(p.numel() for name, p in model.named_parameters() if is_routing(name))
     assert sum(p.numel() for p in model.parameters()) - routing == 596_049_920
     assert routing == 57 * (2 * 1024 + 1)

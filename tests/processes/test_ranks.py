@@ -10,7 +10,7 @@ from attnres.processes.ranks import Ranks
 
 def shared_work() -> None:
     """What each of two processes does: rank 1 fails, and both must end with its error."""
-    ranks = Ranks.launch(2, "cpu")
+    ranks = Ranks.launch(2, torch.device("cpu"))
     assert ranks.size == 2 and ranks.device == torch.device("cpu")
     ranks.agree()
     ranks.agree(DataError("of rank 1") if ranks.rank == 1 else None)
@@ -21,8 +21,8 @@ def test_ranks_raise_the_error_of_one_in_all() -> None:
 
 
 def test_ranks_of_one_process_need_no_group() -> None:
-    ranks = Ranks.launch(1, "cpu")
-    assert (ranks.rank, ranks.size, ranks.device) == (0, 1, None)
+    ranks = Ranks.launch(1, torch.device("cpu"))
+    assert (ranks.rank, ranks.size, ranks.device) == (0, 1, torch.device("cpu"))
     ranks.agree()
     with pytest.raises(AttnResError, match="mine"):
         ranks.agree(AttnResError("mine"))

@@ -1,17 +1,22 @@
 """Recomputing judged tables from what was measured, and combining members of a grid."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
 
-from attnres.commands.rejudge import agreeing, main
+from attnres.commands.rejudge import main
+from attnres.config import agreeing
 from attnres.errors import ConfigError, DataError
+from attnres.interventions.config import GridConfig
 from attnres.report.report import write_report
 from attnres.statistics.rejudge import combine, judge_anew, recompute
 from attnres.tables.folder import read_measured
 from tests.statistics.probed_tables import measured, write_folder
 
+# Which keys the members of one grid share, as the command says it.
+AGREEING = partial(agreeing, GridConfig)
 MOTIF = ("embedding", "mlp", "early")
 TABLES = measured({("attnres", MOTIF): 0.3})
 
@@ -96,7 +101,7 @@ def test_recompute_judges_a_probe_anew(tmp_path, whole, capsys):
 def test_combine_of_members_is_the_whole_grid(tmp_path, whole):
     members = [member(tmp_path, "embedding", "older"), member(tmp_path, "older", "current", "recent")]
     alone = pd.read_csv(members[0] / "cells.csv")
-    combine(members, tmp_path / "out", agreeing)
+    combine(members, tmp_path / "out", AGREEING)
     for name in ("cells", "contrasts", "motifs", "spearman", "dissociation"):
         both = [pd.read_csv(folder / f"{name}.csv") for folder in (whole, tmp_path / "out")]
         keys = [key for key in ("model", "baseline", "cell", "sublayer", "metric") if key in both[0]]
@@ -126,7 +131,7 @@ def test_estimates_from_gradients_are_kept_by_recompute_and_combine(tmp_path, wh
     for folder in members:
         families = json.loads((folder / "preregistration.json").read_text())["probe"]["families"]
         estimates[estimates["family"].isin(families)].to_parquet(folder / "attribution.parquet")
-    combine(members, tmp_path / "out", agreeing)
+    combine(members, tmp_path / "out", AGREEING)
     joint = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert joint["attribution_rank"] == anew["attribution_rank"]
     assert "estimated to first order" in write_report(tmp_path / "out").read_text()
@@ -135,18 +140,18 @@ def test_estimates_from_gradients_are_kept_by_recompute_and_combine(tmp_path, wh
 def test_combine_refuses_members_that_do_not_belong_together(tmp_path):
     first = member(tmp_path, "embedding")
     with pytest.raises(ConfigError, match="two or more different folders"):
-        combine([first, first], tmp_path / "out", agreeing)
+        combine([first, first], tmp_path / "out", AGREEING)
     other = member(tmp_path, "older", hashes={"data": "abc", "checkpoint": "other"})
     with pytest.raises(ConfigError, match="their hashes"):
-        combine([first, other], tmp_path / "out", agreeing)
+        combine([first, other], tmp_path / "out", AGREEING)
     longer = member(tmp_path, "current", probe={"families": ["current"], "length": 32, "seed": 0})
     with pytest.raises(ConfigError, match="their probe settings differ"):
-        combine([first, longer], tmp_path / "out", agreeing)
+        combine([first, longer], tmp_path / "out", AGREEING)
     effects, mass, eligibility = TABLES
     changed = effects.assign(dnll=effects["dnll"] + 0.001), mass, eligibility
     again = member(tmp_path, "embedding", "recent", tables=changed)
     with pytest.raises(DataError, match="members differ in the effects of attnres, mask:embedding"):
-        combine([first, again], tmp_path / "out", agreeing)
+        combine([first, again], tmp_path / "out", AGREEING)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,6 +10,7 @@ from training_runs import settings
 from attnres.config import agreeing, build, decisive, differences, key, to_plain
 from attnres.errors import ConfigError
 from attnres.files.provenance import collect, redact
+from attnres.processes.hardware import hardware
 from attnres.training.config import TrainConfig, config_hash, run_folder
 from attnres.training.models import model_config
 
@@ -179,6 +180,6 @@ def test_differences_lists_dotted_paths() -> None:
 def test_provenance_masks_secrets_and_keeps_the_rest() -> None:
     command = "train.py logger.api_key=abc --token xyz hf_token=q data.tokenizer=t.json seed=3"
     assert redact(command) == "train.py logger.api_key=*** --token *** hf_token=*** data.tokenizer=t.json seed=3"
-    record = collect(command, {"training": 3}, {"data": "f"})
+    record = collect(command, hardware(), {"training": 3}, {"data": "f"})
     assert record["seeds"] == {"training": 3}
     assert record["versions"]["torch"] and "abc" not in str(record)
