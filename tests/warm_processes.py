@@ -18,7 +18,15 @@ ROOT = Path(__file__).parents[1]
 def in_child(target: Callable[..., None], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
     """Starts `target(*arguments)`; an error of the project ends the process with its code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["attnres.training.fit", "attnres.probe.runner", "warm_processes"])
+    context.set_forkserver_preload(
+        [
+            "attnres.training.fit",
+            "attnres.probe.summary",
+            "attnres.statistics.judgement",
+            "attnres.report.report",
+            "warm_processes",
+        ]
+    )
     # The server does not inherit sys.path in every Python, and without it would preload nothing.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
