@@ -99,17 +99,21 @@ def read_table(folder: Path, table: Table, only: Sequence[str] = ()) -> pd.DataF
         raise DataError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
     for column in described:
         if column.name in frame:
-            frame[column.name] = _typed(frame[column.name], column, path)
+            values = frame[column.name]
+            typed = _typed(values, column, path)
+            if typed is not values:
+                frame[column.name] = typed
         elif not column.optional:
             raise DataError(f"{path} lacks the column '{column.name}': {AGAIN}")
     return frame
 
 
 def _read_parquet(path: Path, only: Sequence[str]) -> pd.DataFrame:
-    if (rows := parquet.read_metadata(path).num_rows) > _MOST_ROWS:
+    with parquet.ParquetFile(path) as file:
+        rows, present = file.metadata.num_rows, file.schema_arrow.names
+    if rows > _MOST_ROWS:
         raise ValueError(f"{rows:,} rows, at most {_MOST_ROWS:,} are read")
-    present = parquet.read_schema(path).names
-    return pd.read_parquet(path, columns=[name for name in present if not only or name in only])
+    return pd.read_parquet(path, columns=[name for name in only if name in present] if only else None)
 
 
 def _read_text(path: Path, described: Sequence[Column]) -> pd.DataFrame:
@@ -133,6 +137,8 @@ def _typed(values: pd.Series, column: Column, path: Path) -> pd.Series:
         if flags.isna().any():
             raise DataError(f"{path}: column '{column.name}' holds something that is neither true nor false: {AGAIN}")
         return flags.astype(bool)
+    if values.dtype.kind in "iuf":
+        return values
     try:
         return pd.to_numeric(values)
     except (ValueError, TypeError) as error:
@@ -201,7 +207,7 @@ def _check(measured: Measured) -> None:
     models = measured.summary.get("models")
     if not (isinstance(models, list) and all(isinstance(row, dict) and "name" in row for row in models)):
         raise DataError(f"{folder / SUMMARY} does not name its models: {AGAIN}")
-    unknown = set(measured.effects["cell"]) - set(registered["cells"])
+    unknown = set(measured.effects["cell"].unique()) - set(registered["cells"])
     if unknown:
         raise DataError(f"{folder}: effects of {min(unknown)}, which was not preregistered")
     excluded = {(row["model"], row["cell"]) for row in registered["exclusions"]}

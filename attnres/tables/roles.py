@@ -32,8 +32,8 @@ class Roles:
     def of(cls, models: Sequence[Mapping[str, Any]], trained: str = TRAINED) -> "Roles":
         """The roles of `models`: rows of a summary, with `name`, `convention` and `routing_trained`.
 
-        Where a row does not say the last, as in summaries of older versions, the name of a wrap and the configuration
-        of a control's training do.
+        Where a row lacks the last, as in the committed replication, the name of a wrap and the configuration of a
+        control's training decide.
         """
         others = {str(row["name"]): row for row in models if row["name"] != trained}
         mine = next((row.get("convention") for row in models if row["name"] == trained), None)
@@ -53,9 +53,9 @@ class Roles:
 
 
 def _routing_trained(row: Mapping[str, Any]) -> bool:
-    told = row.get("routing_trained")
-    if told is not None:
-        return bool(told)
+    trained = row.get("routing_trained")
+    if trained is not None:
+        return bool(trained)
     training = row.get("training")
     body_only = isinstance(training, Mapping) and training.get("trainable") == "body"
     return row["name"] not in WRAPS and not body_only

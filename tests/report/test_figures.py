@@ -244,10 +244,10 @@ def test_contrast_forest_shows_each_contrast_in_the_colour_of_its_baseline():
 
 
 def test_figures_of_part_of_a_grid_are_drawn():
-    part = CELLS[CELLS["family"] == "older"]
-    assert len(figures_forest.effect_forest(part, list(MODELS), MARGIN).axes[0].get_yticklabels()) == 6
-    assert len(figures_effects.effect_map(of(part, "attnres"), "x", LIMIT, MARGIN).axes[0].get_yticklabels()) == 1
-    alone = of(part, "attnres").query("eligible").head(1)
+    older = CELLS[CELLS["family"] == "older"]
+    assert len(figures_forest.effect_forest(older, list(MODELS), MARGIN).axes[0].get_yticklabels()) == 6
+    assert len(figures_effects.effect_map(of(older, "attnres"), "x", LIMIT, MARGIN).axes[0].get_yticklabels()) == 1
+    alone = of(older, "attnres").query("eligible").head(1)
     title = figures_cells.mass_effect_scatter(alone, "x", MARGIN).axes[0].get_title(loc="left")
     assert title == "Spearman ρ undefined (1 cells)"
 

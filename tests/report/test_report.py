@@ -89,9 +89,9 @@ def render(monkeypatch):
     return inner
 
 
-def change_summary(folder: Path, **parts) -> None:
+def change_summary(folder: Path, **entries) -> None:
     path = folder / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def change_csv(folder: Path, name: str, change) -> None:
@@ -279,7 +279,7 @@ def test_report_warns_of_unverified_checkpoints_failed_checks_and_unpaired_windo
         assert "not probed on the same windows" in text
 
 
-def test_report_warns_of_earlier_looks_whose_settings_can_turn_a_verdict(folder, render):
+def test_report_warns_of_earlier_probes_that_can_turn_a_verdict(folder, render):
     tables = read_tables(folder)
 
     def warned(*earlier_probes):
@@ -302,7 +302,7 @@ def test_report_escapes_hostile_text_wherever_it_stands(folder, render):
     ):
         change_csv(folder, name, lambda t, names=poisoned: t.assign(**{c: t[c] + HOSTILE for c in names}))
     summary = json.loads((folder / "summary.json").read_text())
-    rows = [row for part in summary.values() if isinstance(part, list) for row in part]
+    rows = [row for entry in summary.values() if isinstance(entry, list) for row in entry]
     known = {*summary, *summary["statistics"], *(key for row in rows if isinstance(row, dict) for key in row)}
 
     def poison(value):

@@ -30,7 +30,7 @@ from attnres.tables.names import MASK, Verdict
 DRAWN_FAMILIES = ("embedding", "older", "recent", "current")
 
 INK, GREY, PALE = "#1b1b1b", "#636363", "#e9e9e9"
-BAND_COLOUR = "#56B4E9"  # of the equivalence band; nothing is told by it alone
+BAND_COLOUR = "#56B4E9"  # of the equivalence band; a label says the same
 # Each has 3:1 against white at least, and a marker of its own.
 FAMILY_COLOURS = {
     "embedding": "#0072B2",
