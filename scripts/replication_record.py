@@ -35,10 +35,10 @@ AT_A_STEP = ("cells.csv", "motifs.csv", "contrasts.csv", "summary.json", "prereg
 
 def only(seed: Path, pattern: str, last_file: str) -> Path:
     """The one folder of a seed that is complete, as its last file says."""
-    found = [path.parent for path in seed.glob(f"{pattern}/{last_file}")]
-    if len(found) != 1:
-        raise SystemExit(f"{seed}: {len(found)} complete folders {pattern}; run scripts/replication.sh to its end")
-    return found[0]
+    folders = [path.parent for path in seed.glob(f"{pattern}/{last_file}")]
+    if len(folders) != 1:
+        raise SystemExit(f"{seed}: {len(folders)} complete folders {pattern}; run scripts/replication.sh to its end")
+    return folders[0]
 
 
 def copy(names: tuple[str, ...], source: Path, target: Path) -> None:

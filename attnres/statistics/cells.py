@@ -6,7 +6,8 @@ import pandas as pd
 from attnres.depth.places import WHOLE_READ
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.design import EFFECT_MEASURES, MASS_MEASURES, OF_EFFECT, OF_MASS, Design, units
-from attnres.statistics.inference import documents_needed, interval, margin_tests, sign_flip_p
+from attnres.statistics.inference import interval, margin_tests, sign_flip_p
+from attnres.statistics.sample_size import documents_needed
 from attnres.statistics.verdicts import adjusted, cell_verdicts, correct, families
 from attnres.tables import columns
 from attnres.tables.names import Measure, Split, Verdict

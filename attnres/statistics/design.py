@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from attnres.depth.places import BANDS, place_kind
 from attnres.errors import DataError, NumericsError
+from attnres.statistics.inference import Floats
 from attnres.tables import columns
 from attnres.tables.columns import SLICE
 from attnres.tables.names import MASK, Split
 
-Floats = NDArray[np.floating]
 EFFECT_MEASURES = columns.EFFECTS.measures
 MASS_MEASURES = columns.MASS.measures
 OF_EFFECT, OF_MASS = ["model", "cell"], ["model", *SLICE]

@@ -11,8 +11,8 @@ import pandas as pd
 
 from attnres.statistics.cells import MASS_TOLERANCE
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import Design, Floats, at_bands
-from attnres.statistics.inference import adjust_p, interval, sign_flip_p
+from attnres.statistics.design import Design, at_bands
+from attnres.statistics.inference import Floats, adjust_p, interval, sign_flip_p
 from attnres.statistics.rank_correlation import TIE_DECIMALS, cell_values
 from attnres.tables import columns
 from attnres.tables.names import MASK, DissociationVerdict, Measure, Split

@@ -5,9 +5,9 @@ import pandas as pd
 
 from attnres.statistics.claim_rows import Claim, both, claim_row
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import SLICE
 from attnres.statistics.inference import adjust_p
 from attnres.statistics.verdicts import RUN, motif_verdicts
+from attnres.tables.columns import SLICE
 from attnres.tables.names import STUDY_MOTIFS, ClaimVerdict, ContrastVerdict, MotifVerdict
 from attnres.tables.roles import TRAINED, UNIFORM, Roles
 

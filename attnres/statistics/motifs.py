@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import SLICE, Averages, Design, Floats, at_bands
-from attnres.statistics.inference import adjust_p, interval, sign_flip_p
+from attnres.statistics.design import Averages, Design, at_bands
+from attnres.statistics.inference import Floats, adjust_p, interval, sign_flip_p
 from attnres.statistics.verdicts import NOT_RUN, RUN, motif_verdicts
 from attnres.tables import columns
+from attnres.tables.columns import SLICE
 from attnres.tables.names import MASK, MATCHED, ContrastVerdict, Learned, Model, Split, Verdict
 
 _PERMUTATION_STREAM = 4

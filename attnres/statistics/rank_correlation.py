@@ -11,8 +11,8 @@ import pandas as pd
 from scipy import stats
 
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import OF_EFFECT, OF_MASS, Design, Floats, at_bands, averages, units
-from attnres.statistics.inference import adjust_p
+from attnres.statistics.design import OF_EFFECT, OF_MASS, Design, at_bands, averages, units
+from attnres.statistics.inference import Floats, adjust_p
 from attnres.tables import columns
 from attnres.tables.names import MASK, Measure, Model, Split
 

@@ -25,7 +25,7 @@ from attnres.tables.folder import PREREGISTRATION, SUMMARY, Measured, read_measu
 # Of the models, and so the same in every member of a grid.
 _OF_MODELS = (columns.ROUTING.name, "viewer.json")
 # What a probe leaves of its models, and what was fixed before: everything that no judgement changes.
-MEASURED = (
+_MEASURED = (
     *(PREREGISTRATION, columns.EFFECTS.name, "effects.csv", columns.MASS.name, columns.ELIGIBILITY.name),
     *(*_OF_MODELS, columns.ATTRIBUTION.name),
 )
@@ -60,7 +60,7 @@ def judge_anew(measured: Measured, out: Path) -> None:
     summary["judged_anew"] = {"command": command, "git": git_state()}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in MEASURED:
+        for name in _MEASURED:
             if (measured.folder / name).is_file() and measured.folder.resolve() != out.resolve():
                 with whole_file(out / name) as temporary:
                     shutil.copyfile(measured.folder / name, temporary)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import Floats
 from attnres.statistics.dissociation import paired_differences, pick_cells
-from attnres.statistics.inference import adjust_p, bca_interval, margin_tests, sign_flip_p
+from attnres.statistics.inference import Floats, adjust_p, bca_interval, margin_tests, sign_flip_p
 from attnres.statistics.motifs import less_elsewhere
 from attnres.statistics.rank_correlation import bootstrapped_spearman, document_resamples, percentile_test
 from attnres.statistics.verdicts import cell_verdicts

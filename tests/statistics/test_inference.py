@@ -14,11 +14,11 @@ from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.inference import (
     adjust_p,
     bca_interval,
-    documents_needed,
     equivalence_p,
     one_sided_p,
     sign_flip_p,
 )
+from attnres.statistics.sample_size import documents_needed
 
 
 def values(documents: int, columns: int, mean: float = 0.0, seed: int = 0) -> np.ndarray:
