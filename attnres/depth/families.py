@@ -1,7 +1,9 @@
 """Families of sources, places in the depth, cells of the grid, and which of them can be judged at all.
 
 `ineligibility` decides whether a family can be judged at a read, and `cell` excludes a cell of whose reads fewer than
-half are eligible. Both follow from the depth plan, so exclusion is fixed before any model is run.
+half are eligible. Both follow from the depth plan, before any model is run. Two exclusions are decided elsewhere: of
+compositions whose members conflict (`interventions.ids`), and of what the pilot split cannot serve
+(`interventions.donors`).
 """
 
 from dataclasses import dataclass

@@ -218,12 +218,15 @@ def _change(item: Intervention, num_sources: int, read: int, inputs: Inputs) -> 
             return Exchange(members, tuple(inputs.donor_sources[read][i] for i in members))
         if item.kind == "matched":
             return RemoveMatched(members, inputs.noise[read])
-        return Scale(members, 0.0 if item.argument is None else item.argument)
+        if item.kind in ("mask", "scale"):
+            return Scale(members, item.argument or 0.0)
     if item.kind == "resample":
         return Replace(inputs.donor_weights[read])
     if item.kind == "mean":
         # A weight that underflowed stays finite: what sets all weights of a read removes none of its sources.
         return Replace(torch.log(inputs.mean[read].clamp_min(torch.finfo(torch.float32).tiny)))
-    logits = torch.zeros(num_sources, dtype=torch.float64)
-    logits[-1] = item.argument or 0.0
-    return Replace(torch.log_softmax(logits, -1))
+    if item.kind in ("uniform", "schedule"):
+        logits = torch.zeros(num_sources, dtype=torch.float64)
+        logits[-1] = item.argument or 0.0
+        return Replace(torch.log_softmax(logits, -1))
+    raise AssertionError(f"no edit carries out {item.kind!r}")

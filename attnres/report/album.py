@@ -1,7 +1,9 @@
-"""Which figures a report has: `FIGURES` names the section of each, the table that it draws, and its builder.
+"""Which figures a report has: `FIGURES` names the section of each, its builder, and what it is drawn of.
 
-A new figure is a builder in `attnres.report.figures`, a line in `FIGURES` with what it is drawn of, and a place in
-`templates/figures.html.j2`, which shows `drawings.<section>`.
+A new figure is a builder in `attnres.report.figures`; a line in `FIGURES`, with a function that takes its rows from
+`attnres.report.tables.Tables` (`cells.csv`, `contrasts.csv`, `routing.csv` of the probe's folder); and a place in a
+template (`templates/figures.html.j2`), which shows `drawings.<section>`. Comparisons have a list of their own in
+`attnres.report.comparison`.
 """
 
 import base64
@@ -16,8 +18,6 @@ from attnres.report import words
 from attnres.report.figures import cells as cell_figures
 from attnres.report.figures import doses, effects, forest, maps, plotting
 from attnres.report.tables import Tables
-from attnres.tables import columns
-from attnres.tables.columns import Table
 
 _Source = TypeVar("_Source")
 
@@ -57,13 +57,11 @@ class FigureEntry(Generic[_Source]):
 
     Attributes:
         section: where they stand.
-        table: the file whose rows they draw.
         builder: makes the figure.
         plates: what is drawn of the source, the tables of a probe for example; nothing where there is nothing to show.
     """
 
     section: str
-    table: Table
     builder: Callable[..., Figure]
     plates: Callable[[_Source], Iterator[Plate]]
 
@@ -202,16 +200,16 @@ def _contrasts(tables: Tables) -> Iterator[Plate]:
 
 
 FIGURES: tuple[FigureEntry[Tables], ...] = (
-    FigureEntry("routing", columns.ROUTING, maps.routing_heatmap, _routing),
-    FigureEntry("analytic", columns.ROUTING, maps.analytic_lines, _analytic),
-    FigureEntry("effects", columns.CELLS, effects.effect_map, _effects),
-    FigureEntry("depth", columns.CELLS, effects.place_map, _depth),
-    FigureEntry("others", columns.CELLS, effects.any_map, _others),
-    FigureEntry("scatter", columns.CELLS, cell_figures.mass_effect_scatter, _scatter),
-    FigureEntry("ranks", columns.CELLS, cell_figures.rank_slopegraph, _ranks),
-    FigureEntry("forest", columns.CELLS, forest.effect_forest, _forest),
-    FigureEntry("controls", columns.CELLS, forest.effect_forest, _controls),
-    FigureEntry("doses", columns.CELLS, doses.dose_response, _doses),
-    FigureEntry("ladder", columns.CELLS, doses.read_ladder, _ladder),
-    FigureEntry("contrasts", columns.CONTRASTS, forest.contrast_forest, _contrasts),
+    FigureEntry("routing", maps.routing_heatmap, _routing),
+    FigureEntry("analytic", maps.analytic_lines, _analytic),
+    FigureEntry("effects", effects.effect_map, _effects),
+    FigureEntry("depth", effects.place_map, _depth),
+    FigureEntry("others", effects.any_map, _others),
+    FigureEntry("scatter", cell_figures.mass_effect_scatter, _scatter),
+    FigureEntry("ranks", cell_figures.rank_slopegraph, _ranks),
+    FigureEntry("forest", forest.effect_forest, _forest),
+    FigureEntry("controls", forest.effect_forest, _controls),
+    FigureEntry("doses", doses.dose_response, _doses),
+    FigureEntry("ladder", doses.read_ladder, _ladder),
+    FigureEntry("contrasts", forest.contrast_forest, _contrasts),
 )

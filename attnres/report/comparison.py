@@ -167,10 +167,10 @@ def _paired(compared: Compared) -> Iterator[Plate]:
 
 # As `attnres.report.album.FIGURES`, of several probes.
 FIGURES: tuple[FigureEntry[Compared], ...] = (
-    FigureEntry("side", columns.CELLS, forest.effect_forest, _side),
-    FigureEntry("seeds", columns.CELLS, forest.effect_forest, _seeds),
-    FigureEntry("steps", columns.CELLS, doses.trajectory, _steps),
-    FigureEntry("paired", columns.CONTRASTS, forest.contrast_forest, _paired),
+    FigureEntry("side", forest.effect_forest, _side),
+    FigureEntry("seeds", forest.effect_forest, _seeds),
+    FigureEntry("steps", doses.trajectory, _steps),
+    FigureEntry("paired", forest.contrast_forest, _paired),
 )
 
 

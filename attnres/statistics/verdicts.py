@@ -1,7 +1,8 @@
 """Which word follows from which p: families of tests, their correction, and the verdicts of every table.
 
-The margin of `null` and `equivalent` is `statistics.margin`, the level `statistics.alpha` (`StatisticsConfig`). A cell
-is `excluded` where `eligibility` says that it cannot be judged; that is decided before anything is measured.
+`null`, the verdict of no effect, needs both: dNLL equivalent to zero within the margin, and KL below it. The margin is
+`statistics.margin`, the level `statistics.alpha` (`conf/statistics/default.yaml`). A cell is `excluded` where
+`eligibility.csv` says that it cannot be judged: by the depth plan, or for want of what the pilot split has to give.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The learning-rate schedule: linear warm-up, then a cosine down to a floor at the last step.
 
-`trainer.max_steps` sets its length (20,000 steps at 0.6B, in `conf/experiment/`); `optim.lr`, `optim.warmup_steps` and
+`trainer.max_steps` sets its length (`conf/scale/0p6b.yaml`: 20,000 steps); `optim.lr`, `optim.warmup_steps` and
 `optim.min_lr_ratio` set its height, its warm-up and its floor.
 """
 

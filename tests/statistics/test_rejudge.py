@@ -1,6 +1,7 @@
 """Recomputing judged tables from what was measured, and combining members of a grid."""
 
 import json
+import os
 from functools import partial
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from attnres.commands.rejudge import main
 from attnres.config import agreeing
 from attnres.errors import ConfigError, DataError
+from attnres.files.whole_files import MOST_BYTES, MOST_DEPTH
 from attnres.interventions.config import GridConfig
 from attnres.report.report import write_report
 from attnres.statistics.rejudge import combine, judge_anew, recompute
@@ -59,6 +61,17 @@ def test_recompute_refuses_what_was_not_preregistered(whole):
     listed.assign(eligible=True).to_csv(whole / "eligibility.csv", index=False)
     with pytest.raises(DataError, match="was excluded when it was preregistered"):
         read_measured(whole)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "preregistration.json"])
+def test_rejudge_command_refuses_deep_and_huge_json_in_one_line(whole, capsys, name):
+    (whole / name).write_text('{"a": ' + MOST_DEPTH * "[" + MOST_DEPTH * "]" + "}")
+    assert main([str(whole)]) == 3
+    os.truncate(whole / name, MOST_BYTES + 1)
+    assert main([str(whole)]) == 3
+    deep, huge = capsys.readouterr().err.splitlines()
+    assert name in deep and f"nested deeper than {MOST_DEPTH}" in deep
+    assert name in huge and f"at most {MOST_BYTES:,} are read" in huge
 
 
 def test_recompute_refuses_a_summary_without_models(whole):
