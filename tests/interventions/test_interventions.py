@@ -10,7 +10,7 @@ from attnres.depth.plan import DepthPlan
 from attnres.errors import ConfigError
 from attnres.interventions.edits import NO_EDIT, RemoveMatched, RowsEdit, Scale, edit
 from attnres.interventions.grid import Grid
-from attnres.interventions.ids import KINDS, Composition, Intervention, parse
+from attnres.interventions.ids import ARGUMENTS, FAMILY_KINDS, KINDS, Composition, Intervention, parse
 from attnres.model.state import Site
 
 NUMBERED = st.integers(0, 999).map(str)
@@ -27,9 +27,10 @@ NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 def single(draw):
     kind = draw(st.sampled_from(KINDS))
     sublayer, band = draw(PLACES)
-    family = draw(st.sampled_from(FAMILIES)) if kind in ("mask", "scale", "values", "matched") else None
-    argument = {"scale": NUMBERS.map(abs), "schedule": NUMBERS}.get(kind, st.none())
-    return Intervention(kind, family, sublayer, band, draw(argument))
+    family = draw(st.sampled_from(FAMILIES)) if kind in FAMILY_KINDS else None
+    # A factor may not be negative, and no other argument minds.
+    argument = draw(NUMBERS.map(abs)) if kind in ARGUMENTS else None
+    return Intervention(kind, family, sublayer, band, argument)
 
 
 SPECS = st.one_of(
