@@ -27,10 +27,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from attnres.data.config import SPLITS
+
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".c", ".cc", ".js", ".ts", ".html", ".pm", ".pl", ".rs")
 FILE_BYTES = 64 * 1024**2
-PARTS = ("train", "validation", "probe_pilot", "probe_confirm")
 
 
 def texts(folders: list[Path]) -> Iterator[tuple[str, str]]:
@@ -53,7 +54,7 @@ def texts(folders: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def gather(folders: list[Path], work: Path, most: int) -> dict[str, Any]:
-    """Writes `source/*.jsonl`; returns what was found. Each folder gives an equal share of `most`, if it has that."""
+    """Writes `source/*.jsonl`; returns counts of it. Each folder gives an equal share of `most`, if it has that."""
     (work / "source").mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
     sizes: Counter[str] = Counter()
@@ -93,11 +94,11 @@ def tree(root: int) -> list[int]:
             except (OSError, IndexError):
                 continue
             children.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], [root]
+    processes, queue = [], [root]
     while queue:
-        found.append(queue.pop())
-        queue += children.get(found[-1], [])
-    return found
+        processes.append(queue.pop())
+        queue += children.get(processes[-1], [])
+    return processes
 
 
 def memory(root: int) -> dict[str, float]:
@@ -181,23 +182,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
-    found = gather(given.folders, given.work, given.max_mb * 10**6)
-    print(json.dumps(found), flush=True)
+    source = gather(given.folders, given.work, given.max_mb * 10**6)
+    print(json.dumps(source), flush=True)
     outs = {name: given.work / name for name in ("undisturbed", "killed")}
     peaks: dict[str, dict[str, float]] = {name: {} for name in outs}
 
     def command(name: str) -> list[str]:
         tokenizer = f"--tokenizer {given.tokenizer}" if given.tokenizer else f"--vocab-size {given.vocab_size}"
-        settings = f"{tokenizer} --workers {given.workers} --validation 0.01 --probe-pilot 0.01"
-        settings += " --probe-confirm 0.02 --shard-tokens 16777216"
+        options = f"{tokenizer} --workers {given.workers} --validation 0.01 --probe-pilot 0.01"
+        options += " --probe-confirm 0.02 --shard-tokens 16777216"
         words = ["-m", "attnres.commands.make_shards", "--out", str(outs[name]), "--paths", str(given.work / "source")]
-        return [sys.executable, *words, *settings.split()]
+        return [sys.executable, *words, *options.split()]
 
     began = time.monotonic()
     undisturbed = Run(command("undisturbed"), given.work / "undisturbed.log", peaks["undisturbed"])
     if not given.at_once:
         undisturbed.wait()
-    chunks = max(1, round(found["megabytes"] * 1e6) // (4 * 1024**2))
+    chunks = max(1, round(source["megabytes"] * 1e6) // (4 * 1024**2))
     kills = killed_and_resumed(
         command("killed"), outs["killed"], chunks, given.kills, given.seed, given.work / "killed.log", peaks["killed"]
     )
@@ -208,7 +209,7 @@ def main() -> None:
     manifest = json.loads((outs["undisturbed"] / "manifest.json").read_text())
     other = json.loads((outs["killed"] / "manifest.json").read_text())
     tables = [pq.read_table(out / "documents.parquet") for out in outs.values()]
-    expected = found["documents"] - manifest["left_out"]["too_long"]
+    expected = source["documents"] - manifest["left_out"]["too_long"]
     same = {
         "documents_in_order": tables[0].equals(tables[1]),
         "sha256_of_every_file": manifest["files"] == other["files"],
@@ -218,12 +219,12 @@ def main() -> None:
     result = {
         "settings": " ".join(command("killed")[7:]).replace(str(given.tokenizer), "TOKENIZER"),
         "vocab_size": manifest["vocab_size"],
-        "source": found,
+        "source": source,
         "tokens": manifest["tokens"],
         "documents": manifest["documents"],
         "near_duplicate_groups": manifest["near_duplicate_groups"],
         "left_out": {key: manifest["left_out"][key] for key in ("blank", "too_long")},
-        "shards": {split: len(manifest["splits"][split]["shards"]) for split in PARTS},
+        "shards": {split: len(manifest["splits"][split]["shards"]) for split in SPLITS},
         "tokens_per_second_per_core": manifest["throughput"]["tokens_per_second_per_core"],
         "megabytes_per_second_per_core": manifest["throughput"]["megabytes_per_second_per_core"],
         "seconds_of_both_runs": round(seconds),

@@ -47,10 +47,11 @@ class RollingShards:
                 self._finish()
                 self._open(0)
             room = len(ids) if self._shard_tokens is None else self._shard_tokens - self._tokens
-            written, ids = ids[:room], ids[room:]
-            self._file.write(written.tobytes())
-            self._digest.update(written.tobytes())
-            self._tokens += len(written)
+            data = ids[:room].tobytes()
+            self._file.write(data)
+            self._digest.update(data)
+            self._tokens += len(data) // self._dtype.itemsize
+            ids = ids[room:]
 
     def sync(self) -> dict[str, Any]:
         """Brings everything to the disk; returns the place to go on from."""

@@ -109,8 +109,10 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], whole: bool = False) -> l
     Args:
         tokenizer: Encodes.
         texts: Texts of any length.
-        whole: Encode a long text at once, whatever memory that takes.
+        whole: Encode all texts at once and uncut, on all cores, whatever memory that takes.
     """
+    if whole:
+        return _encode_batch(tokenizer, texts)
     ids: list[NDArray[np.uint32]] = []
     batch: list[str] = []
     for text in texts:
@@ -119,14 +121,14 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], whole: bool = False) -> l
             continue
         ids += _encode_batch(tokenizer, batch)
         batch = []
-        if whole or len(text) <= PIECE_CHARACTERS:
+        if len(text) <= PIECE_CHARACTERS:
             batch.append(text)
         else:
             ids.append(np.concatenate([_encode_batch(tokenizer, [piece])[0] for piece in _pieces(tokenizer, text)]))
     return ids + _encode_batch(tokenizer, batch)
 
 
-def _encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.uint32]]:
+def _encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else []
     return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
