@@ -28,8 +28,7 @@ def single(draw):
     kind = draw(st.sampled_from(KINDS))
     sublayer, band = draw(PLACES)
     family = draw(st.sampled_from(FAMILIES)) if kind in FAMILY_KINDS else None
-    # A factor may not be negative, and no other argument minds.
-    argument = draw(NUMBERS.map(abs)) if kind in ARGUMENTS else None
+    argument = draw(NUMBERS.map(abs) if kind == "scale" else NUMBERS) if kind in ARGUMENTS else None
     return Intervention(kind, family, sublayer, band, argument)
 
 
