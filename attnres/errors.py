@@ -1,4 +1,4 @@
-"""Errors a user can cause, each with the exit code that a command ends with."""
+"""Errors a user can cause, each with the exit code that a command ends with, and the message of any other in a line."""
 
 
 class AttnResError(Exception):
@@ -48,3 +48,13 @@ class Stopped(AttnResError):
     """Stopped by a signal after saving; the same command resumes."""
 
     code = 75
+
+
+def one_line(error: Exception, most: int | None = 160) -> str:
+    """The message of an error of another library, fit to stand inside one of ours.
+
+    Args:
+        error: whatever it raised.
+        most: characters; None takes all of them.
+    """
+    return " ".join(str(error).split())[:most]

@@ -9,7 +9,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-from attnres.errors import AttnResError, Stopped, StorageError
+from attnres.errors import AttnResError, Stopped, StorageError, one_line
 from attnres.files.run_folder import refuse_unsafe_loading
 from attnres.processes.signals import StopSignals
 
@@ -61,7 +61,7 @@ def parsed_command(
 def report_error(error: AttnResError) -> int:
     """Prints the one line of an error, and returns its exit code."""
     # A message may quote a file from anywhere: no control characters for the terminal, and an end.
-    message = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    message = "".join(c if c.isprintable() else "?" for c in one_line(error, most=None))
     shown = message if len(message) <= _MOST_CHARACTERS else message[:_MOST_CHARACTERS] + " ..."
     sys.stderr.write(f"error: {shown}\n")
     return error.code

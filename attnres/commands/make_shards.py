@@ -17,7 +17,7 @@ from attnres.commands.door import parsed_command
 from attnres.data.config import MIN_VOCAB_SIZE, DataConfig
 from attnres.data.corpus.make_shards import Job, ShardsConfig, make_shards
 from attnres.data.text.streams import FileStream, HubStream, Stream, resolve_revision
-from attnres.errors import ConfigError, DataError
+from attnres.errors import ConfigError, DataError, one_line
 from attnres.files.whole_files import read_object, storage_errors, write_text
 
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
@@ -54,7 +54,7 @@ def _find_tokenizer(given: str) -> str:
     except (OSError, ValueError) as error:
         raise DataError(
             f"--tokenizer: {given} is no file here and cannot be read from the hub "
-            f"({' '.join(str(error).split())[:200]}); give a tokenizer.json"
+            f"({one_line(error, most=200)}); give a tokenizer.json"
         ) from error
 
 

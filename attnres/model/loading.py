@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from attnres.errors import CheckpointError
+from attnres.errors import CheckpointError, one_line
 from attnres.files.whole_files import read_object
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.locate import model_folder
@@ -68,7 +68,7 @@ def _build_config(folder: Path, stored: dict[str, Any], names: set[str]) -> Qwen
 
 
 def _no_model(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"checkpoint {folder}: config.json describes no model: {' '.join(str(error).split())}")
+    return CheckpointError(f"checkpoint {folder}: config.json describes no model: {one_line(error, most=None)}")
 
 
 def load_model(

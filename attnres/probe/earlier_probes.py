@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attnres.errors import one_line
 from attnres.files.whole_files import read_object
 from attnres.tables.folder import PREREGISTRATION
 
@@ -50,8 +51,7 @@ def earlier_probes(folder: Path, registered: Mapping[str, Any]) -> list[dict[str
                     }
                 )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            log.warning("%s is no preregistration (%s): skipped", path.parent / PREREGISTRATION, reason)
+            log.warning("%s is no preregistration (%s): skipped", path.parent / PREREGISTRATION, one_line(error))
     return earlier
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from attnres.errors import ConfigError
-from attnres.model.modeling import PREFIXES, Qwen3AttnResForCausalLM
+from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.tables.names import NULLS
 
 
@@ -40,15 +40,9 @@ def shuffle_queries(model: Qwen3AttnResForCausalLM, seed: int) -> None:
     Raises:
         ConfigError: fewer than two reads route, or all queries are zero.
     """
-    plan, decoder = model.model.plan, model.model
-    owners: list[tuple[nn.Module, str]] = [(layer, prefix) for layer in decoder.layers for prefix in PREFIXES]
-    if plan.has_final_read:
-        owners.append((decoder, "final"))
-    routed = [owner for owner, read in zip(owners, plan.reads, strict=True) if plan.routing_is_trainable(read)]
-    pairs = [
-        (getattr(owner, f"{prefix}_res_proj").weight, getattr(owner, f"{prefix}_res_norm").weight)
-        for owner, prefix in routed
-    ]
+    plan = model.model.plan
+    stored = zip(model.model.stored_reads(), plan.reads, strict=True)
+    pairs = [(read.query, read.key_weight) for read, planned in stored if plan.routing_is_trainable(planned)]
     if len(pairs) < 2 or not any(bool(query.any()) for query, _ in pairs):
         raise ConfigError(
             "probe.nulls: shuffled_queries changes nothing in this model, whose routing has no queries; leave it out"

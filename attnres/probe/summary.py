@@ -6,29 +6,29 @@ from typing import Any
 
 from attnres.depth.plan import DepthPlan
 from attnres.files import formats
-from attnres.files.whole_files import whole_file, write_text
 from attnres.probe.checks import DISTANCE
 from attnres.probe.preregistration import Fixed, now
 from attnres.probe.runner import Measured
 from attnres.probe.subjects import Subject
 from attnres.probe.token_viewer import write_viewer
 from attnres.tables import columns
-from attnres.tables.folder import PREREGISTRATION, registered_as
+from attnres.tables.folder import PREREGISTRATION, registered_as, write_table
 from attnres.tables.names import Split
 
 
 def write_measured(folder: Path, fixed: Fixed, measured: Measured) -> None:
     """Writes every table that was measured and what the token viewer shows, each file whole or not at all."""
-    tables = {columns.EFFECTS: measured.effects, columns.MASS: measured.mass}
+    tables = {
+        columns.EFFECTS: measured.effects,
+        columns.EFFECTS_AS_TEXT: measured.effects,
+        columns.MASS: measured.mass,
+        columns.ELIGIBILITY: measured.eligibility,
+        columns.ROUTING: measured.routing,
+    }
     if len(measured.attribution):
         tables[columns.ATTRIBUTION] = measured.attribution
     for table, frame in tables.items():
-        with whole_file(folder / table.name) as path:
-            frame.to_parquet(path, index=False)
-    with whole_file(folder / "effects.csv") as path:
-        measured.effects.to_csv(path, index=False)
-    for table, frame in ((columns.ROUTING, measured.routing), (columns.ELIGIBILITY, measured.eligibility)):
-        write_text(folder / table.name, frame.to_csv(index=False))
+        write_table(folder, table, frame)
     text = fixed.subjects.text
     write_viewer(folder, fixed.subjects.trained, text.windows[Split.CONFIRM], text.corpus)
 

@@ -1,12 +1,9 @@
-"""What the report's per-token viewer shows: tokens and routing weights of a few windows, as `viewer.json`.
+"""What the report's per-token viewer shows: tokens and routing weights of a few windows (`attnres.tables.viewer`).
 
-The file is bounded: windows are few, tokens are the first of each, weights are whole thousandths. Token strings are
-written as they are; whoever shows them takes them for hostile (`attnres.report.viewer`).
+The file is bounded: windows are few, tokens are the first of each, weights are whole thousandths.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,11 +12,8 @@ from attnres.depth.families import family_of
 from attnres.depth.plan import ReadPlan
 from attnres.files.whole_files import write_text
 from attnres.probe.subjects import Subject
-
-VIEWER = "viewer.json"
-FORMAT = 1
-SEQUENCES, TOKENS = 4, 64
-MAX_BYTES = 1_400_000
+from attnres.tables.folder import VIEWER
+from attnres.tables.viewer import MOST_WRITTEN, SEQUENCES, TOKENS, Read, Shown, Viewer, viewer_text
 
 
 @torch.no_grad()
@@ -29,8 +23,8 @@ def collect_viewer(
     corpus: Corpus,
     sequences: int = SEQUENCES,
     tokens: int = TOKENS,
-    max_bytes: int = MAX_BYTES,
-) -> dict[str, Any]:
+    max_bytes: int = MOST_WRITTEN,
+) -> Viewer:
     """Token strings and routing weights of the first windows, from one clean run.
 
     Args:
@@ -40,10 +34,6 @@ def collect_viewer(
         sequences: most sequences.
         tokens: most tokens of each; fewer where the file would grow beyond `max_bytes`.
         max_bytes: size of the JSON text.
-
-    Returns:
-        `model`, `reads` (a row per read: number, layer, sublayer, sources with name and family) and `sequences`
-        (document, `tokens [T]`, `weights`: per read, `[T * S]` thousandths, token by token, oldest source first).
     """
     rows = _first_of_each_document(windows)[:sequences]
     tokens = min(tokens, windows.input_ids.shape[1])
@@ -51,32 +41,26 @@ def collect_viewer(
     routing = subject.model(ids.to(subject.model.device), output_routing=True).routing
     thousandths = [(weights.float() * 1000).round().int().cpu() for weights in routing]
     while True:
-        viewer = {
-            "format": FORMAT,
-            "model": subject.name,
-            "reads": [_read(read) for read in subject.plan.reads],
-            "sequences": [
-                {
-                    "document": corpus.names[int(windows.document_ids[row])],
-                    "tokens": [corpus.tokenizer.decode([i], skip_special_tokens=False) for i in ids[k].tolist()],
-                    "weights": [weights[k, : ids.shape[1]].flatten().tolist() for weights in thousandths],
-                }
+        viewer = Viewer(
+            model=subject.name,
+            reads=[_read(read) for read in subject.plan.reads],
+            sequences=[
+                Shown(
+                    document=corpus.names[int(windows.document_ids[row])],
+                    tokens=[corpus.tokenizer.decode([i], skip_special_tokens=False) for i in ids[k].tolist()],
+                    weights=[weights[k, : ids.shape[1]].flatten().tolist() for weights in thousandths],
+                )
                 for k, row in enumerate(rows)
             ],
-        }
-        if ids.shape[1] == 1 or len(_text(viewer).encode()) <= max_bytes:
+        )
+        if ids.shape[1] == 1 or len(viewer_text(viewer).encode()) <= max_bytes:
             return viewer
         ids = ids[:, : ids.shape[1] // 2]
 
 
-def write_viewer(folder: Path, subject: Subject, windows: ProbeWindows, corpus: Corpus) -> Path:
-    """Writes `viewer.json` into a probe's folder."""
-    write_text(folder / VIEWER, _text(collect_viewer(subject, windows, corpus)))
-    return folder / VIEWER
-
-
-def _text(viewer: dict[str, Any]) -> str:
-    return json.dumps(viewer, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+def write_viewer(folder: Path, subject: Subject, windows: ProbeWindows, corpus: Corpus) -> None:
+    """Writes the viewer's file into a probe's folder."""
+    write_text(folder / VIEWER, viewer_text(collect_viewer(subject, windows, corpus)))
 
 
 def _first_of_each_document(windows: ProbeWindows) -> list[int]:
@@ -86,7 +70,7 @@ def _first_of_each_document(windows: ProbeWindows) -> list[int]:
     return list(seen.values())
 
 
-def _read(read: ReadPlan) -> dict[str, Any]:
+def _read(read: ReadPlan) -> Read:
     names = []
     for place, source in enumerate(read.sources):
         if read.has_current and place == read.num_sources - 1:
@@ -95,7 +79,7 @@ def _read(read: ReadPlan) -> dict[str, Any]:
             terms = ["embedding"] * source.embedding + [_outputs(source.start, source.stop)]
             names.append(" and ".join(term for term in terms if term))
     families = [family_of(place, read.num_sources) for place in range(read.num_sources)]
-    return {"read": read.index, "layer": read.layer, "sublayer": read.sublayer, "sources": names, "families": families}
+    return Read(read=read.index, layer=read.layer, sublayer=read.sublayer, sources=names, families=families)
 
 
 def _outputs(start: int, stop: int) -> str:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from attnres.errors import ConfigError
+from attnres.errors import ConfigError, one_line
 
 # Torch's own allocator on the CPU has no type for it.
 _CPU_ALLOCATOR = "can't allocate memory"
@@ -29,5 +29,5 @@ def out_of_memory(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        message = " ".join(str(error).split())[:200]
+        message = one_line(error, most=200)
         raise ConfigError(f"out of memory ({message}); {remedy}") from error

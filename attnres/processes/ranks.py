@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
-from attnres.errors import AttnResError, ConfigError
+from attnres.errors import AttnResError, ConfigError, one_line
 
 # A process that has finished its work waits this long for the others.
 _PATIENCE = timedelta(hours=24)
@@ -50,7 +50,7 @@ class Ranks:
             )
             fabric.launch()
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"devices={devices}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"devices={devices}: {one_line(error, most=None)}") from error
         return cls(fabric)
 
     def agree(self, error: AttnResError | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attnres.errors import AttnResError
+from attnres.errors import AttnResError, one_line
 from attnres.report import words
 from attnres.report.album import FigureEntry, Plate, draw
 from attnres.report.figures import doses, forest
@@ -24,7 +24,6 @@ from attnres.statistics.contrasts import contrast_table
 from attnres.statistics.design import Design
 from attnres.statistics.inference import sign_flip_p
 from attnres.tables import columns
-from attnres.tables.folder import one_line
 
 LEAST_SEEDS = 6
 _CELL = ["cell", *columns.SLICE]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from attnres.files.whole_files import write_text
 from attnres.statistics.design import Design
 from attnres.tables import columns
+from attnres.tables.columns import Table
+from attnres.tables.folder import table_text, write_table
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,18 @@ class Judged:
 
     def texts(self) -> dict[str, str]:
         """File name -> its text."""
-        tables = {
+        return {table.name: table_text(table, frame) for table, frame in self._tables().items()}
+
+    def write(self, folder: Path) -> None:
+        """Writes each table into the folder."""
+        for table, frame in self._tables().items():
+            write_table(folder, table, frame)
+
+    def _tables(self) -> dict[Table, pd.DataFrame]:
+        return {
             columns.CELLS: self.cells,
             columns.CONTRASTS: self.contrasts,
             columns.DISSOCIATION: self.dissociation,
             columns.SPEARMAN: self.spearman,
             columns.MOTIFS: self.motifs,
         }
-        return {table.name: frame.to_csv(index=False) for table, frame in tables.items()}
-
-    def write(self, folder: Path) -> None:
-        """Writes each table into the folder."""
-        for name, text in self.texts().items():
-            write_text(folder / name, text)

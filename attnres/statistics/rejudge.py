@@ -20,15 +20,20 @@ from attnres.statistics.design import EFFECT_MEASURES, MASS_MEASURES, OF_EFFECT,
 from attnres.statistics.judged import Judged
 from attnres.statistics.judgement import findings, judge
 from attnres.tables import columns
-from attnres.tables.folder import PREREGISTRATION, SUMMARY, Measured, read_measured, registered_as
+from attnres.tables.folder import (
+    PREREGISTRATION,
+    SUMMARY,
+    VIEWER,
+    Measured,
+    read_measured,
+    registered_as,
+    write_table,
+)
 
 # Of the models, and so the same in every member of a grid.
-_OF_MODELS = (columns.ROUTING.name, "viewer.json")
+_OF_MODELS = (columns.ROUTING.name, VIEWER)
 # What a probe leaves of its models, and what was fixed before: everything that no judgement changes.
-_MEASURED = (
-    *(PREREGISTRATION, columns.EFFECTS.name, "effects.csv", columns.MASS.name, columns.ELIGIBILITY.name),
-    *(*_OF_MODELS, columns.ATTRIBUTION.name),
-)
+_MEASURED = (PREREGISTRATION, columns.EFFECTS_AS_TEXT.name, VIEWER, *(table.name for table in columns.MEASURED))
 # Largest difference, in nats/token or of a share, between two measurements of one thing: rounding on other machines.
 OVERLAP_LIMIT = 1e-5
 # Lists of a preregistration that the members of a grid share out among them.
@@ -94,13 +99,13 @@ def combine(folders: Sequence[Path], out: Path, agreeing: Callable[[Mapping[str,
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / PREREGISTRATION, _registered(members))
-        grid.effects.to_parquet(out / columns.EFFECTS.name, index=False)
-        grid.effects.to_csv(out / "effects.csv", index=False)
-        grid.mass.to_parquet(out / columns.MASS.name, index=False)
+        write_table(out, columns.EFFECTS, grid.effects)
+        write_table(out, columns.EFFECTS_AS_TEXT, grid.effects)
+        write_table(out, columns.MASS, grid.mass)
+        write_table(out, columns.ELIGIBILITY, grid.eligibility)
         if len(grid.attribution):
-            grid.attribution.to_parquet(out / columns.ATTRIBUTION.name, index=False)
+            write_table(out, columns.ATTRIBUTION, grid.attribution)
         judged.write(out)
-        write_text(out / columns.ELIGIBILITY.name, grid.eligibility.to_csv(index=False))
         for name in _OF_MODELS:
             if (first.folder / name).is_file():
                 write_text(out / name, (first.folder / name).read_text(encoding="utf-8"))

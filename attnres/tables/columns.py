@@ -113,11 +113,12 @@ SLICE = [column.name for column in _SLICE]
 _MODEL = _text("model", "name of the model: `attnres`, a wrap, a null, or a control")
 _CELL = _text("cell", "id of the intervention and its place")
 _INTERVENTION = _text("intervention", "what is done, without family and place")
-_WINDOW = (
+_DRAWN = (
     _count("window", "id of the window in the corpus"),
     _count("document", "id of the document that the window is of"),
-    _word("split", names.Split, "which documents the window is of"),
 )
+_SPLIT = _word("split", names.Split, "which documents the window is of")
+_WINDOW = (*_DRAWN, _SPLIT)
 _DOCUMENTS = _count("documents", "confirmatory documents that were tested")
 _WINDOWS = _count("windows", "windows of those documents", optional=True)
 _FAMILY_SIZE = _count("family_size", "tests that the correction counts", optional=True)
@@ -154,8 +155,9 @@ ATTRIBUTION = Table(
     "attribution.parquet",
     "a cell of the trained model, a confirmatory window; only with `probe.attribution=true`",
     (
-        *(_MODEL, _CELL, *_WINDOW),
+        *(_MODEL, _CELL, *_DRAWN),
         _number("estimate", NATS, "effect of the mask as estimated from gradients"),
+        _SPLIT,
     ),
 )
 ELIGIBILITY = Table(

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from pyarrow import parquet
 
-from attnres.errors import ConfigError, DataError
+from attnres.errors import ConfigError, DataError, one_line
 from attnres.files.formats import check_format
 from attnres.files.hashes import content_hash
 from attnres.files.whole_files import read_object, whole_file
@@ -83,7 +83,7 @@ def read_table(folder: Path, table: Table, only: Sequence[str] = ()) -> pd.DataF
         only: the columns to read of a parquet file, where not all are needed.
 
     Returns:
-        The columns of `table` in the types that it says (empty texts for missing ones), maybe more.
+        The columns of `table` that the file has, in the types that it says (empty texts for missing ones).
 
     Raises:
         DataError: the file is missing or unreadable, a column is missing, or a value is none that may stand in its
@@ -105,7 +105,7 @@ def read_table(folder: Path, table: Table, only: Sequence[str] = ()) -> pd.DataF
                 frame[column.name] = typed
         elif not column.optional:
             raise DataError(f"{path} lacks the column '{column.name}': {AGAIN}")
-    return frame
+    return frame[[name for name in frame.columns if name in table.names]]
 
 
 def _read_parquet(path: Path, only: Sequence[str]) -> pd.DataFrame:
@@ -229,8 +229,3 @@ def windows_digest(windows: Iterable[int], documents: Iterable[int]) -> str:
     """sha256 of which windows of which documents were drawn, whatever their order."""
     pairs = [list(pair) for pair in sorted(zip(windows, documents, strict=True))]
     return content_hash(pairs)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error of another library, fit to stand inside one of ours."""
-    return " ".join(str(error).split())[:160]

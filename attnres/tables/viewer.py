@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnres.errors import DataError
+from attnres.errors import DataError, one_line
 from attnres.files.whole_files import read_object
-from attnres.tables.folder import VIEWER, one_line
+from attnres.tables.folder import VIEWER
 
 FORMAT = 1
 # What a probe writes at most: sequences, tokens of each, bytes; and how large a file may be inside a page.

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnres import faults
-from attnres.errors import CheckpointError, NumericsError
+from attnres.errors import CheckpointError, NumericsError, one_line
 from attnres.files import formats
 from attnres.files.hashes import sha256_of
 from attnres.files.run_folder import (
@@ -195,7 +195,7 @@ def read_state(path: Path, model: PreTrainedModel) -> dict[str, Any]:
         raise
     except Exception as error:  # the archive, the unpickler and the storages each raise types of their own
         # Torch's message goes on to explain how to load it all the same.
-        message = " ".join(str(error).split())[:120]
+        message = one_line(error, most=120)
         raise CheckpointError(f"{path}: not a training state ({type(error).__name__}: {message}); {remedy}") from error
     missing = _STATE_KEYS - state.keys() if isinstance(state, dict) else _STATE_KEYS
     if missing:

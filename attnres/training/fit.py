@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from attnres import faults
 from attnres.data import prepare
-from attnres.errors import AttnResError, CheckpointError, Stopped
+from attnres.errors import AttnResError, CheckpointError, Stopped, one_line
 from attnres.files.run_folder import LOCK, TRAINING_FILE, refuse_links, refuse_unsafe_loading
 from attnres.files.whole_files import locked, storage_errors
 from attnres.model.locate import Located
@@ -141,7 +141,7 @@ def _fit_errors(trainer: pl.Trainer, peers: Peers, duties: StepDuties, resume_fr
     except (AttnResError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        message = " ".join(str(error).split())[:200]
+        message = one_line(error, most=200)
         if trainer.world_size > 1 and is_connection_loss(error):
             raise peers.lost(f"rank {_rank()} was left alone ({message})") from error
         if resume_from and not duties.started:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Fo
 
 from attnres.config import nearest, unknown_key
 from attnres.depth.plan import DepthPlan
-from attnres.errors import ConfigError
+from attnres.errors import ConfigError, one_line
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.training.config import TrainerConfig
@@ -60,7 +60,7 @@ def model_config(plain: Mapping[str, Any], vocab_size: int, eos_id: int, sequenc
     try:
         config = cls(**(defaults | fields))
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConfigError(f"model: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"model: {one_line(error, most=None)}") from error
     if config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size: {config.vocab_size} is smaller than the corpus's {vocab_size}; raise it or leave it out"

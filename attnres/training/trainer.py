@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
 from attnres.data import Corpus, TextDataModule, accumulation_steps
-from attnres.errors import ConfigError
+from attnres.errors import ConfigError, one_line
 from attnres.processes.signals import ignore_stop_signals
 from attnres.training.checkpoint import RunCheckpointIO
 from attnres.training.config import TrainConfig
@@ -85,7 +85,7 @@ def build_trainer(
             detect_anomaly=config.debug,
         )
     except (ValueError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"trainer: {one_line(error, most=None)}") from error
     # Its handlers broadcast to other ranks from inside a signal, and end a stopped run with exit code 0;
     # `StopSignals` has the signals.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

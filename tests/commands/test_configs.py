@@ -58,12 +58,28 @@ def test_both_arms_of_an_experiment_differ_in_the_model_alone(size):
     assert kept | {"kind": "vanilla"} == other
 
 
-@pytest.mark.parametrize("group", ["model", "data", "optim", "trainer", "logger", "+scale", "+control"])
-def test_every_option_of_a_training_group_composes(group):
-    for path in sorted((CONF / group.lstrip("+")).glob("*.yaml")):
-        if path.stem in ("checkpoint", "files", "prepared"):
-            continue
-        build(TrainConfig, compose("train", f"{group}={path.stem}"))
+def holds_own_values(command: str, config: type, option: str, *overrides: str) -> bool:
+    """Whether what is built with an option, such as `+scale=small`, is what the option's own file says."""
+    group, name = option.lstrip("+").split("=")
+    path = CONF / group / f"{name}.yaml"
+    own = OmegaConf.load(path)
+    own.pop("defaults", None)
+    own = own if path.read_text(encoding="utf-8").startswith("# @package _global_") else {group: own}
+    composed = compose(command, option, *overrides)
+    said = OmegaConf.to_container(OmegaConf.merge(composed, own), resolve=True)
+    return build(config, composed) == build(config, said)
+
+
+def options(*groups: str) -> list[str]:
+    files = ((group, path) for group in groups for path in sorted((CONF / group.lstrip("+")).glob("*.yaml")))
+    return [f"{group}={path.stem}" for group, path in files]
+
+
+@pytest.mark.parametrize("option", options("model", "data", "optim", "trainer", "logger", "+scale", "+control"))
+def test_every_option_of_a_training_group_holds_its_own_values(option):
+    # These have no text of their own.
+    given = ["data.paths=[text]"] if option in ("data=files", "data=prepared") else []
+    assert holds_own_values("train", TrainConfig, option, *given)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +97,9 @@ def test_conf_shows_every_key_with_the_default_of_the_dataclass(command, config,
     assert keys(shown) == keys(default)
 
 
-@pytest.mark.parametrize("group", ["data", "probe", "statistics"])
-def test_every_option_of_a_probe_group_composes(group):
-    for path in sorted((CONF / group).glob("*.yaml")):
-        build(ProbeConfig, compose("probe", f"{group}={path.stem}"))
+@pytest.mark.parametrize("option", options("data", "probe", "statistics"))
+def test_every_option_of_a_probe_group_holds_its_own_values(option):
+    assert holds_own_values("probe", ProbeConfig, option)
 
 
 @pytest.mark.parametrize(

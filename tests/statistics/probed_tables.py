@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from attnres.files.whole_files import write_json
+from attnres.depth.places import BANDS, FAMILIES, SUBLAYERS
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.judgement import findings, judge
-from attnres.tables.folder import registered_as, windows_digest
+from attnres.tables import columns
+from attnres.tables.folder import windows_digest
+from tests.tables.fake_folder import write_probe
 
 QUICK = StatisticsConfig(sign_flips=999, bootstrap=100)
 WHOLE = replace(QUICK, grid_cells=24)
-FAMILIES, SUBLAYERS, BANDS = ("embedding", "current", "recent", "older"), ("attn", "mlp"), ("early", "mid", "late")
 EXCLUDED = ("older", "attn", "early")
 SLICES = [(f, s, b) for b in BANDS for s in SUBLAYERS for f in FAMILIES]
 
@@ -68,8 +69,7 @@ def model_rows(names, **trainable):
 
 def write_folder(folder: Path, effects, mass, eligibility, config=WHOLE, families=FAMILIES, **changed) -> Path:
     """The folder that a probe of these families leaves, without its report."""
-    folder.mkdir(parents=True)
-    effects, mass = effects[effects["family"].isin(families)], mass
+    effects = effects[effects["family"].isin(families)]
     eligibility = eligibility[eligibility["family"].isin(families)].reset_index(drop=True)
     drawn = mass.drop_duplicates("window").groupby("split")[["window", "document"]]
     digests = {split: windows_digest(*(rows[name].tolist() for name in rows)) for split, rows in drawn}
@@ -84,21 +84,19 @@ def write_folder(folder: Path, effects, mass, eligibility, config=WHOLE, familie
         "hashes": {"data": "abc", "checkpoint": "def"},
         "models": [{"name": name} for name in mass["model"].unique()],
     } | changed
-    write_json(folder / "preregistration.json", json.loads(json.dumps(registered)))
-    effects.to_parquet(folder / "effects.parquet", index=False)
-    mass.to_parquet(folder / "mass.parquet", index=False)
-    eligibility.to_csv(folder / "eligibility.csv", index=False)
     models = model_rows(mass["model"].unique())
     judged = judge(effects, mass, eligibility, config, models)
-    judged.write(folder)
     routing = {"model": "attnres", "read": 1, "layer": 0, "sublayer": "mlp", "source": [0, 1], "num_sources": 2}
-    pd.DataFrame(routing | {"weight": 0.5, "analytic": 0.5, "role": ["embedding", "current"]}).to_csv(
-        folder / "routing.csv", index=False
-    )
+    shares = {"weight": 0.5, "analytic": 0.5, "role": ["embedding", "current"], "holds": ["emb", "o0"]}
+    frames = {
+        columns.EFFECTS: effects, columns.MASS: mass, columns.ELIGIBILITY: eligibility,
+        columns.ROUTING: pd.DataFrame(routing | shares),
+    }  # fmt: skip
     summary = {
         "title": "t", "command": "python probe.py", "checks": [], "grid": {"candidate_cells": 24, "run_cells": 6},
-        "models": models, "statistics": asdict(config), "provenance": {},
-        "recency": {}, "plan_notes": [], "preregistration": registered_as(folder / "preregistration.json"),
+        "models": models, "statistics": asdict(config), "provenance": {}, "recency": {}, "plan_notes": [],
     }  # fmt: skip
-    write_json(folder / "summary.json", summary | findings(judged, [], config, models, pd.DataFrame()))
+    summary |= findings(judged, [], config, models, pd.DataFrame())
+    write_probe(folder, frames, json.loads(json.dumps(registered)), summary)
+    judged.write(folder)
     return folder

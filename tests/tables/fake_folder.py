@@ -9,7 +9,7 @@ import pandas as pd
 from attnres.files.whole_files import write_json
 from attnres.tables import columns
 from attnres.tables.columns import Table
-from attnres.tables.folder import PREREGISTRATION, SUMMARY, write_table
+from attnres.tables.folder import PREREGISTRATION, SUMMARY, registered_as, write_table
 
 LAYERS, BLOCK = 12, 3
 FAMILIES = ("embedding", "older", "recent", "current")
@@ -309,7 +309,7 @@ def write_probe(folder: Path, frames: Mapping[Table, pd.DataFrame], registered: 
     for table, frame in frames.items():
         write_table(folder, table, frame)
     write_json(folder / PREREGISTRATION, registered)
-    write_json(folder / SUMMARY, summary)
+    write_json(folder / SUMMARY, summary | {"preregistration": registered_as(folder / PREREGISTRATION)})
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnres.data.config import DataConfig
 from attnres.data.text.sources import Document, list_files, listing, read_file, text_of
-from attnres.errors import DataError
+from attnres.errors import DataError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class HubStream(Stream):
                 yield Document(name, text), [rows.state_dict(), number]
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.name}: reading stopped after row {number} ({' '.join(str(error).split())[:200]}); run the same "
+                f"{self.name}: reading stopped after row {number} ({one_line(error, most=200)}); run the same "
                 "command again to go on from there"
             ) from error
 
@@ -131,7 +131,7 @@ def load_hub(name: str, config: str | None, split: str, revision: str) -> Any:
         return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{name}: cannot be read from the hub ({' '.join(str(error).split())[:200]}); check the name and the "
+            f"{name}: cannot be read from the hub ({one_line(error, most=200)}); check the name and the "
             "network, or give local files with --paths"
         ) from error
 
@@ -148,6 +148,6 @@ def resolve_revision(name: str, revision: str) -> str:
         return str(huggingface_hub.HfApi().dataset_info(name, revision=revision).sha)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{name}: cannot be found on the hub ({' '.join(str(error).split())[:200]}); check the name and the "
+            f"{name}: cannot be found on the hub ({one_line(error, most=200)}); check the name and the "
             "network, or give local files with --paths"
         ) from error
