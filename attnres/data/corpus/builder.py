@@ -38,7 +38,7 @@ from attnres.data.corpus.manifest import DOCUMENTS, FORMAT, SHARDED_FORMAT, TOKE
 from attnres.data.corpus.scatter import STATE, scatter
 from attnres.data.corpus.shards import digest, token_dtype
 from attnres.data.corpus.table import count_groups, write_table
-from attnres.data.corpus.workers import Progress, started
+from attnres.data.corpus.workers import Progress, write_in_processes
 from attnres.data.text.streams import Stream
 from attnres.data.text.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
 from attnres.errors import DataError
@@ -247,8 +247,7 @@ def _read(folder: Path, recipe: Recipe, encoder: Encoder, signed: Chunks | None,
     if metas:
         logger.info("going on behind chunk %d (%d documents)", len(metas), sum(m["documents"] for m in metas))
     if workers:
-        with started(workers, folder, encoder) as pool:
-            pool.write(recipe.chunks(metas), Progress(metas))
+        write_in_processes(recipe.chunks(metas), folder, encoder, workers, Progress(metas))
     else:
         again = _read_again(recipe, signed) if signed else ((chunk, None) for chunk in recipe.chunks(metas))
         for chunk, records in again:

@@ -5,10 +5,9 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,49 +54,31 @@ class Progress:
             self.cpu_seconds += meta["cpu_seconds"]
 
 
-class Pool:
-    """Workers that write chunks.
+def write_in_processes(
+    chunks: Iterable[Chunk], folder: Path, encoder: Encoder, workers: int, progress: Progress
+) -> None:
+    """Has chunks signed, tokenised and written into `chunks` below the folder of an unfinished corpus.
 
-    Args:
-        executor: Its processes share this process's memory.
-        workers: Number of them.
-        folder: The unfinished corpus, for the message.
+    Raises:
+        Stopped: A worker was killed.
     """
-
-    def __init__(self, executor: ProcessPoolExecutor, workers: int, folder: Path) -> None:
-        self._executor, self._workers, self._folder = executor, workers, folder
-
-    def write(self, chunks: Iterable[Chunk], progress: Progress) -> None:
-        """Has every chunk written.
-
-        Raises:
-            Stopped: A worker was killed.
-        """
-        pending: set[Future[dict[str, Any]]] = set()
-        try:
+    pending: set[Future[dict[str, Any]]] = set()
+    try:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(workers, context, _start, (folder / "chunks", encoder)) as pool:
+            # Workers start before anything is read, so that they share this process's memory and nothing that it reads.
+            pool.submit(os.getpid).result()
             for chunk in chunks:
-                while len(pending) > self._workers:
+                while len(pending) > workers:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     progress.add(future.result() for future in done)
-                pending.add(self._executor.submit(_work, chunk))
+                pending.add(pool.submit(_work, chunk))
             progress.add(future.result() for future in wait(pending).done)
-        except BrokenProcessPool as error:
-            raise Stopped(
-                f"{self._folder}: a worker was killed (out of memory?); the same command goes on, --workers "
-                f"{max(1, self._workers // 2)} needs less memory"
-            ) from error
-
-
-@contextmanager
-def started(workers: int, folder: Path, encoder: Encoder) -> Iterator[Pool]:
-    """Workers that write chunks into `chunks` below a folder.
-
-    They start before anything is read, so that they share this process's memory and none of what it reads.
-    """
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start, (folder / "chunks", encoder)) as executor:
-        executor.submit(os.getpid).result()
-        yield Pool(executor, workers, folder)
+    except BrokenProcessPool as error:
+        raise Stopped(
+            f"{folder}: a worker was killed (out of memory?); the same command goes on, --workers "
+            f"{max(1, workers // 2)} needs less memory"
+        ) from error
 
 
 # What a worker process needs for every chunk; set once in it, by `_start`.
