@@ -21,7 +21,6 @@ def check_format(
         where: the folder or file, for the message.
         refusal: the error to raise.
         remedy: names the command that converts it, or what else to do.
-        version: that can be read.
 
     Raises:
         AttnResError: `refusal`, in one line.

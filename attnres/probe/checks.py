@@ -70,7 +70,6 @@ def check_subject(
     """All checks of one model on a few windows.
 
     Args:
-        subject: the model.
         vanilla: the unwrapped model of a wrapped baseline.
         ids: `[B, T]`.
         labels: `[B, T]`.

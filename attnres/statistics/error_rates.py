@@ -60,7 +60,6 @@ class Scenario:
         name: what is counted, and under which truth.
         kind: "error" and "power" are held against a bound, "shown" is not.
         distribution: of values over documents; a key of `DISTRIBUTIONS`.
-        documents: how many.
         draw: (rng, replicates, config) -> one outcome per replicate.
         replicates: in the full run.
         chunk: replicates drawn at a time; their flips are shared, the next chunk has others.

@@ -104,7 +104,6 @@ def sign_flip_p(
     Args:
         values: [documents, columns].
         flips: B, the number of random flips.
-        seed: seed of the flips.
         alternative: "two-sided" tests for any mean but zero, "greater" for a mean above zero.
 
     Returns:
@@ -144,7 +143,6 @@ def bca_interval(values: Floats, resamples: int, level: float, seed: int) -> tup
         values: [documents, columns].
         resamples: number of bootstrap resamples; columns share them.
         level: coverage, e.g. 0.95.
-        seed: seed of the resamples.
 
     Returns:
         Lower and upper limits, [columns] each.

@@ -69,7 +69,6 @@ def flip_p(
 
     Args:
         values: [documents, columns].
-        config: flips and seed.
         stages: (flips, limit): columns whose p from these flips is at most the limit go on to the next stage. Limits
             have to be several standard errors above the p at which decisions fall.
         alternative: as in `sign_flip_p`.
@@ -241,7 +240,6 @@ def ranking(draw: Draw, documents: int, noise: float = 1.0, better: bool = False
 
     Args:
         draw: noise over documents.
-        documents: how many.
         noise: standard error of the other measures' means in steps of rank; that of effect and mass is 1.
         better: whether the others predict better.
     """

@@ -45,7 +45,6 @@ class RunCheckpointIO(TorchCheckpointIO):
     """Lightning's door to `write_checkpoint`: `trainer.save_checkpoint(folder)` publishes a step folder.
 
     Args:
-        info: what an export says about the run.
         published: called with a folder when it carries its final name.
         background: write in a thread, from a copy in host memory, while training goes on. There is one write at a time;
             the next save, `check` or `wait` raises its error. `storage_options={"wait": True}` waits for the write.
@@ -117,7 +116,6 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
         checkpoint: Lightning's dictionary, with this project's entry under `attnres`.
         model: gives architecture and configuration. Its weights are taken from `checkpoint`, where those of a sharded
             model have been gathered.
-        info: what the export says about the run.
 
     Raises:
         NumericsError: a weight is not finite; nothing is written.

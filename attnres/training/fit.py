@@ -42,7 +42,6 @@ def train(config: TrainConfig, command: str) -> Path:
     """Trains to `max_steps`, from wherever the run folder says that it was.
 
     Args:
-        config: the run.
         command: the command line, for provenance.
 
     Returns:

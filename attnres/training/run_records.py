@@ -28,9 +28,6 @@ class Run:
 
     Attributes:
         config: with `init` filled in.
-        folder: where everything of it lies.
-        corpus: that it trains on.
-        start: where it begins.
         command: the command line, for provenance.
     """
 

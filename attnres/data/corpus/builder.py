@@ -124,8 +124,6 @@ def build(folder: Path, recipe: Recipe, about: dict[str, Any], workers: int = 0)
     """Makes all files of a corpus but its manifest, or goes on where a killed process stopped.
 
     Args:
-        folder: Of the unfinished corpus.
-        recipe: What decides it.
         about: Where the text came from, for the manifest.
         workers: Processes that tokenise; 0 uses this one.
 

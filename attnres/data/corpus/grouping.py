@@ -54,7 +54,6 @@ def group_near_duplicates(chunks: Chunks, bounded: bool = True, portion: int = P
     """`[N]`: for each document the lowest document of its group of near-duplicates.
 
     Args:
-        chunks: With signatures of all documents.
         bounded: Take the documents of a band by its hash, and compare each with at most `MOST_COMPARED`. Otherwise take
             them in their order, whatever memory that takes. The groups are the same but for rare chains of documents
             that each nearly agree with the next one.

@@ -82,12 +82,9 @@ class Job:
     """What decides a folder of shards.
 
     Attributes:
-        stream: Where the text comes from.
-        config: What decides the shards beside it.
         tokenizer: A `tokenizer.json`, or a folder holding one.
         vocab_size: Without `tokenizer`: train one of at most so many entries on documents of the train split, on
             `TOKENIZER_BYTES` of them evenly from files, of a hub's data set on the first ones.
-        exclude: Prepared folders of the same tokenizer; their texts are left out.
 
     Raises:
         ConfigError: Both or neither of `tokenizer` and `vocab_size` are given.
@@ -142,7 +139,6 @@ def make_shards(out: Path, job: Job, workers: int = 1, command: str = "") -> Pat
 
     Args:
         out: Folder to make; `data=prepared data.paths=[out]` trains from it.
-        job: What decides it.
         workers: Processes that tokenise.
         command: For the manifest: how to make the folder again.
 

@@ -60,7 +60,6 @@ class Pool:
 
     Args:
         executor: Its processes share this process's memory.
-        workers: Number of them.
         folder: The unfinished corpus, for the message.
     """
 

@@ -70,9 +70,7 @@ class HubStream(Stream):
     Attributes:
         name: Repository, such as "HuggingFaceFW/fineweb-edu".
         config: Configuration of the data set, or None for its default one.
-        split: Its split.
         revision: Commit; see `resolve_revision`.
-        column: Column that holds the text.
         name_column: Column that names a document, if the data set has it; else rows are numbered.
     """
 

@@ -27,8 +27,6 @@ class TextDataModule(LightningDataModule):
     target), `sample_ids [B]` and, with `isolate_documents`, `position_ids [B, T]`; all int64.
 
     Args:
-        corpus: Prepared corpus.
-        config: The configuration it was prepared with.
         micro_batch_size: Windows in one forward pass of one rank.
         global_batch_size: Windows in one optimizer step, over all ranks and accumulated micro-batches.
         num_workers: Processes that read ahead, per rank; 0 reads in the training process.

@@ -87,12 +87,9 @@ class BatchSampler(Sampler[list[int]]):
     batches since the run began, and would end a resumed run early otherwise.
 
     Args:
-        order: Of the windows.
-        micro_batch_size: Windows in one forward pass of one rank.
         max_steps: Optimizer steps of the whole run.
         start_step: Optimizer steps already made.
         rank: This process' place among the data-parallel ranks.
-        world_size: Number of data-parallel ranks.
 
     Raises:
         ConfigError: The sizes do not divide, or a step or rank is out of range.

@@ -34,7 +34,6 @@ def mass_effect_scatter(cells: pd.DataFrame, title: str, margin: float) -> Figur
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv; ineligible ones are left out.
-        title: name of the model.
         margin: equivalence margin in nats/token, drawn as a band.
     """
     intervals = ("mass_lo", "mass_hi", "dnll_lo", "dnll_hi")
@@ -99,7 +98,6 @@ def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv.
-        title: name of the model.
     """
     plotting.need(cells, ("family", "sublayer", "band", "eligible", "dnll", "verdict", *MEASURES), "slopegraph")
     measures = [*MEASURES, "dnll"]

@@ -30,7 +30,6 @@ def dose_response(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     Args:
         cells: rows of one model, as in cells.csv: those of `scale:x`, and of `mask` as x = 0. The clean run, x = 1,
             is zero by definition and is drawn as a cross.
-        title: name of the model.
         margin: equivalence margin in nats/token, drawn as a band.
     """
     plotting.need(cells, ("intervention", *_EFFECT), "dose-response curves")
@@ -60,7 +59,6 @@ def trajectory(cells: pd.DataFrame, title: str, margin: float) -> Figure:
 
     Args:
         cells: rows of cells.csv of the trained model at several steps of one training, with their `step`.
-        title: name of the training.
         margin: equivalence margin in nats/token, drawn as a band.
     """
     plotting.need(cells, ("step", *_EFFECT), "trajectory")
@@ -142,7 +140,6 @@ def read_ladder(cells: pd.DataFrame, title: str, margin: float) -> Figure:
 
     Args:
         cells: rows of one model, as in cells.csv, of whole-read interventions; others are left out.
-        title: name of the model.
         margin: equivalence margin in nats/token, drawn as a band.
     """
     plotting.need(cells, ("intervention", *_EFFECT), "ladder")

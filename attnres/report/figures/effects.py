@@ -31,7 +31,6 @@ def effect_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> 
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv; a handful of places, see `place_map`.
-        title: name of the model.
         limit: end of the colour scale in nats/token; give every model the same.
         margin: equivalence margin in nats/token; the colour scale is linear inside it.
     """
@@ -108,7 +107,6 @@ def place_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> F
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv, whose `band` names layers, blocks or reads.
-        title: name of the model.
         limit: end of the colour scale in nats/token; give every model the same.
         margin: equivalence margin in nats/token.
     """

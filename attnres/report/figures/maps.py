@@ -28,7 +28,6 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
 
     Args:
         routing: rows of one model: read, layer, sublayer, source, num_sources, weight, role.
-        title: name of the model.
     """
     plotting.need(routing, ("layer", "sublayer", "source", "num_sources", "weight", "role"), "routing heatmap")
     past = routing[routing["role"] != "current"]
@@ -113,7 +112,6 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
     Args:
         routing: rows of one model: read, num_sources, source, weight, analytic (rows without one,
             and reads of a single source, are left out).
-        title: name of the model.
         limit: the largest deviation that the checks allow, drawn as a dashed line.
     """
     plotting.need(routing, ("read", "source", "num_sources", "weight", "analytic"), "plot against the analytic line")
