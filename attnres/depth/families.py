@@ -144,11 +144,6 @@ class Cell:
     def eligible(self) -> bool:
         return not self.reason
 
-    @property
-    def slice_id(self) -> str:
-        """`family@sublayer.band`."""
-        return f"{self.family}@{self.sublayer}.{self.band}"
-
 
 def cell(plan: DepthPlan, family: str, sublayer: str | None, band: str) -> Cell:
     """One cell, excluded (with a `reason`) unless at least half of its place's reads are eligible."""

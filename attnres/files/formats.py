@@ -11,9 +11,7 @@ VERSION = 1
 KEY = "format"
 
 
-def check_format(
-    plain: Mapping[str, Any], where: Path, refusal: type[AttnResError], remedy: str, version: int = VERSION
-) -> None:
+def check_format(plain: Mapping[str, Any], where: Path, refusal: type[AttnResError], remedy: str) -> None:
     """Refuses a folder of another version.
 
     Args:
@@ -26,5 +24,5 @@ def check_format(
         AttnResError: `refusal`, in one line.
     """
     named = plain.get(KEY, 1)
-    if named != version:
-        raise refusal(f"{where}: format {named!r}, this version reads format {version}; {remedy}")
+    if named != VERSION:
+        raise refusal(f"{where}: format {named!r}, this version reads format {VERSION}; {remedy}")

@@ -102,7 +102,6 @@ def sign_flip_p(
     same p far more slowly, which matters to simulations.
 
     Args:
-        values: [documents, columns].
         flips: B, the number of random flips.
         alternative: "two-sided" tests for any mean but zero, "greater" for a mean above zero.
 
@@ -140,7 +139,6 @@ def bca_interval(values: Floats, resamples: int, level: float, seed: int) -> tup
     percentile interval of the same resamples is given, so the result is never NaN.
 
     Args:
-        values: [documents, columns].
         resamples: number of bootstrap resamples; columns share them.
         level: coverage, e.g. 0.95.
 
@@ -203,7 +201,6 @@ def one_sided_p(values: Floats, bound: float, alternative: Literal["less", "grea
     skewness would only have made it easier to pass.
 
     Args:
-        values: [documents, columns].
         bound: in the unit of the values.
         alternative: "less" rejects "mean >= bound", "greater" rejects "mean <= bound".
 

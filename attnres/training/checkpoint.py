@@ -126,7 +126,7 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
     bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise NumericsError(f"{folder.name}: weights are not finite ({bad[0]} and {len(bad) - 1} more); not saved")
-    if not _all_finite(checkpoint.get("optimizer_states")):
+    if not all(torch.isfinite(tensor).all() for tensor in _tensors(checkpoint.get("optimizer_states"))):
         raise NumericsError(f"{folder.name}: the optimizer's state is not finite; not saved: lower optim.lr")
     remedy = "the checkpoint is not written; free space or fix the folder"
     with storage_errors(folder, remedy), _published(folder) as temporary:
@@ -269,10 +269,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
-
-
-def _all_finite(value: Any) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
 
 
 def _stored_in_full(value: Any) -> bool:

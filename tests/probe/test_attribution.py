@@ -78,9 +78,10 @@ def test_attribution_ranks_cells_like_a_small_dose_of_ablation():
     made = model(queries=0.01)
     cells = [cell for cell in grid(made.model.plan) if cell.eligible]
     estimated = attribution(made, *tokens(), cells)
-    pairs = [
-        (float(estimated[cell].mean()), float(exact(made, f"scale:0.98:{cell.slice_id}").mean())) for cell in cells
-    ]
+    pairs = []
+    for cell in cells:
+        intervention = f"scale:0.98:{cell.family}@{cell.sublayer}.{cell.band}"
+        pairs.append((float(estimated[cell].mean()), float(exact(made, intervention).mean())))
     rho = stats.spearmanr(*zip(*pairs, strict=True))[0]
     print(f"\n{len(cells)} cells: Spearman {rho:.3f} of the estimate and the exact effect of scale:0.98")
     assert rho > 0.8

@@ -35,16 +35,7 @@ _LOCK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class ShardsConfig:
-    """What decides the shards, beside the stream and the tokenizer.
-
-    Attributes:
-        seed: Decides the split of each document.
-        validation: Expected fraction of documents in the validation split.
-        probe_pilot: Expected fraction from which a probe picks hypotheses.
-        probe_confirm: Expected fraction on which a probe tests them; the rest is "train".
-        max_document_bytes: Longer documents are left out, by name.
-        max_bytes: Stop before the text exceeds this; None reads all of it.
-        shard_tokens: Most tokens of a shard.
+    """What decides the shards, beside the stream and the tokenizer; see `DataConfig` and `Recipe`.
 
     Raises:
         ConfigError: A field has an impossible value.

@@ -1,7 +1,4 @@
-"""Figures that set the cells of one model against each other: mass against effect, and ranks.
-
-Pure functions from a table to a `Figure`, as in `figures`. Effects are in nats/token.
-"""
+"""Figures that set the cells of one model against each other: mass against effect, and ranks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +31,6 @@ def mass_effect_scatter(cells: pd.DataFrame, title: str, margin: float) -> Figur
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv; ineligible ones are left out.
-        margin: equivalence margin in nats/token, drawn as a band.
     """
     intervals = ("mass_lo", "mass_hi", "dnll_lo", "dnll_hi")
     plotting.need(

@@ -1,9 +1,4 @@
-"""Figures of routing: where each read looks, and a baseline's weights on their analytic line.
-
-Like every figure of the report, each function is pure: a data frame in the shape that the probe writes in, a
-matplotlib `Figure` out, nothing else touched. No model, no pyplot state, no clock. `plotting.to_svg` turns a figure
-into the same text every time.
-"""
+"""Figures of routing: where each read looks, and a baseline's weights on their analytic line."""
 
 from typing import Any
 
@@ -106,13 +101,12 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
 
 
 @plotting.styled
-def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Figure:
+def analytic_lines(routing: pd.DataFrame, title: str) -> Figure:
     """A baseline's measured weights on the line that its schedule predicts, and how far off each read is.
 
     Args:
         routing: rows of one model: read, num_sources, source, weight, analytic (rows without one,
             and reads of a single source, are left out).
-        limit: the largest deviation that the checks allow, drawn as a dashed line.
     """
     plotting.need(routing, ("read", "source", "num_sources", "weight", "analytic"), "plot against the analytic line")
     table = routing[routing["analytic"].notna() & (routing["num_sources"] > 1)].sort_values(["num_sources", "source"])
@@ -152,6 +146,8 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
     off = (table["weight"] - table["analytic"]).abs().groupby(table["read"]).max().clip(lower=floor)
     bottom.vlines(off.index, floor, off.to_numpy(), color=blue[0], linewidth=0.8)
     bottom.plot(off.index, off.to_numpy(), "o", color=blue[0], markersize=3)
+    # The largest deviation that the checks allow.
+    limit = 1e-6
     bottom.axhline(limit, color=orange[0], linewidth=0.9, linestyle="--")
     bottom.annotate(
         f"limit {words.plain(limit)}",
