@@ -111,8 +111,6 @@ def ineligibility(plan: DepthPlan, read: ReadPlan, family: str) -> str:
         return "only one source"
     if not members:
         return "family is empty"
-    if len(members) == read.num_sources:
-        return "family is every source"
     inside = {read.sources[i] for i in members}
     outside = {source for i, source in enumerate(read.sources) if i not in members}
     if inside & outside:

@@ -7,11 +7,7 @@ from torch import Tensor
 
 
 def depth_mix(
-    sources: Sequence[Tensor],
-    query: Tensor,
-    key_weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
+    sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     r"""Softmax-and-mix over depth sources (Attention Residuals, arXiv 2603.15031).
 

@@ -51,11 +51,7 @@ class RunCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        info: ExportInfo,
-        published: Callable[[Path], None],
-        background: bool,
+        self, model: PreTrainedModel, info: ExportInfo, published: Callable[[Path], None], background: bool
     ) -> None:
         self._model = model
         self._info = info

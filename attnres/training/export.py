@@ -30,11 +30,7 @@ class ExportInfo:
 
 
 def export_model(
-    folder: Path,
-    model: PreTrainedModel,
-    weights: Mapping[str, Tensor],
-    info: ExportInfo,
-    progress: Mapping[str, Any],
+    folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], info: ExportInfo, progress: Mapping[str, Any]
 ) -> None:
     """Writes a Hugging Face folder that loads without the rest of the run.
 

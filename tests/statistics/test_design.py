@@ -13,13 +13,7 @@ from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.design import Design
 from attnres.statistics.judgement import judge
 from tests.statistics.probed_tables import measured, model_rows
-from tests.statistics.small_grid import (
-    DOCUMENTS,
-    QUICK,
-    cells_of,
-    contrasts_of,
-    random_tables,
-)
+from tests.statistics.small_grid import DOCUMENTS, QUICK, cells_of, contrasts_of, random_tables
 
 
 def test_tables_read_one_split():

@@ -8,14 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnres.data import (
-    SPLITS,
-    DataConfig,
-    TextDataModule,
-    WindowDataset,
-    documents_in_step,
-    prepare,
-)
+from attnres.data import SPLITS, DataConfig, TextDataModule, WindowDataset, documents_in_step, prepare
 from attnres.data.windows.mixing import ROUND, Mix, Mixture, quotas
 from attnres.errors import ConfigError, DataError
 
