@@ -36,7 +36,6 @@ def configured_command(name: str, run: Callable[[Plain], None]) -> None:
 
     Args:
         name: of the configuration in `conf/`: `"train"` or `"probe"`.
-        run: the command, given plain containers.
     """
     debug = any(word in ("debug=true", "debug=True") for word in sys.argv)
     sys.exit(run_command(lambda: _composed(name, run), debug))

@@ -57,9 +57,7 @@ class FigureEntry(Generic[_Source]):
     """The figures of one section.
 
     Attributes:
-        section: where they stand.
         table: the file whose rows they draw.
-        builder: makes the figure.
         plates: what is drawn of the source, the tables of a probe for example; nothing where there is nothing to show.
     """
 

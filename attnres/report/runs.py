@@ -27,8 +27,6 @@ class Run:
 
     Attributes:
         label: short and unlike any other run's.
-        folder: where its tables are.
-        tables: what the probe wrote.
         run, experiment, seed, step: of the trained model, as far as its summary tells.
     """
 

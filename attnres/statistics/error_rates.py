@@ -236,7 +236,6 @@ def run(folder: Path, full: bool, jobs: int = 1, progress: Callable[[Rate], None
         folder: written after every scenario, so that a run that was stopped goes on.
         full: all replicates; otherwise a fortieth of them.
         jobs: processes; what they find does not depend on how many there are.
-        progress: called with every new rate.
     """
     path = folder / "power.json"
     folder.mkdir(parents=True, exist_ok=True)

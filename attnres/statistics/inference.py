@@ -69,7 +69,6 @@ class _Powers(NamedTuple):
 
         Args:
             first, third: [..., columns of the slice], sums of `values` and of `cubes` under some signs.
-            of: which columns.
         """
         documents = len(self.values)
         second = np.where(self.second > 0, self.second, 1.0)[of]

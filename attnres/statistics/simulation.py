@@ -55,7 +55,6 @@ def flip_p(
         values: [documents, columns].
         stages: (flips, limit): columns whose p from these flips is at most the limit go on to the next stage. Limits
             have to be several standard errors above the p at which decisions fall.
-        alternative: as in `sign_flip_p`.
         also: of the same shape; p is then the larger of the two (an intersection-union test).
     """
     p = np.ones(values.shape[1])
@@ -223,7 +222,6 @@ def ranking(draw: Draw, documents: int, noise: float = 1.0, better: bool = False
     effect. With `better`, the other two have the true ranks.
 
     Args:
-        draw: noise over documents.
         noise: standard error of the other measures' means in steps of rank; that of effect and mass is 1.
         better: whether the others predict better.
     """

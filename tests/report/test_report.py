@@ -146,7 +146,20 @@ def test_report_policy_allows_only_its_own_style_script_and_inline_images(drawn)
 
 def test_report_sections_come_in_order_and_are_linked(drawn):
     page = Page((drawn / "report.html").read_text(encoding="utf-8"))
-    expected = "claims checks routing schedule effects mass forest contrasts motifs cells reading provenance".split()
+    expected = [
+        "claims",
+        "checks",
+        "routing",
+        "schedule",
+        "effects",
+        "mass",
+        "forest",
+        "contrasts",
+        "motifs",
+        "cells",
+        "reading",
+        "provenance",
+    ]
     assert [a["id"] for a in page.all("h2")] == expected
     assert [a["href"] for a in page.all("a")] == [f"#{name}" for name in expected]
 
