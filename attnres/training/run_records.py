@@ -49,12 +49,7 @@ class Run:
         return ExportInfo(
             tokenizer_path=Path(corpus.tokenizer_path),
             eos_id=corpus.eos_id,
-            training={
-                "name": self.config.name,
-                "seed": self.config.seed,
-                "command": self.command,
-                "config": plain,
-            },
+            training={"name": self.config.name, "seed": self.config.seed, "command": self.command, "config": plain},
             data={
                 "fingerprint": corpus.fingerprint,
                 "tokenizer_sha256": corpus.tokenizer_sha256,

@@ -456,22 +456,14 @@ def test_report_command_without_a_folder_exits_2(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [
-        (0.00001234, "+1.2e−5"),
-        (-0.04, "−0.0400"),
-        (1.5, "+1.500"),
-        (0.0, "0"),
-        (float("nan"), "–"),
-        (None, "–"),
-    ],
+    [(0.00001234, "+1.2e−5"), (-0.04, "−0.0400"), (1.5, "+1.500"), (0.0, "0"), (float("nan"), "–"), (None, "–")],
 )
 def test_nats_is_signed_and_short(value, text):
     assert report_text.nats(value) == text
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.00002, "<0.0001"), (0.0001, "0.0001"), (0.04567, "0.0457"), (1.0, "1"), (None, "–")],
+    ("value", "text"), [(0.00002, "<0.0001"), (0.0001, "0.0001"), (0.04567, "0.0457"), (1.0, "1"), (None, "–")]
 )
 def test_probability_claims_no_more_than_the_flips_can_show(value, text):
     assert report_text.probability(value) == text

@@ -132,10 +132,7 @@ def test_loggers_take_tables_and_alerts(tmp_path: Path, monkeypatch: pytest.Monk
         logger.log_table("routing", table, step=3)
         logger.alert("Loss spike", "at step 3")
     columns = ["tokens", "family", "mass"]
-    assert sent == [
-        (3, {"routing": (columns, [[7, "older", 0.5], [7, "recent", 0.25]])}),
-        ("Loss spike", "at step 3"),
-    ]
+    assert sent == [(3, {"routing": (columns, [[7, "older", 0.5], [7, "recent", 0.25]])}), ("Loss spike", "at step 3")]
     assert (tmp_path / "routing.csv").read_text().split() == [
         *("step,tokens,family,mass", "3,7,older,0.5", "3,7,recent,0.25")
     ]

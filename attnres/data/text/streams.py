@@ -29,9 +29,9 @@ class Stream(ABC):
         """
 
     @property
-    @abstractmethod
     def bytes(self) -> int | None:
-        """Roughly how much text there is, or None if that is not known."""
+        """Roughly how much text there is, or None if that is not known before it is read."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,6 @@ class HubStream(Stream):
                 f"{self.name}: reading stopped after row {number} ({' '.join(str(error).split())[:200]}); run the same "
                 "command again to go on from there"
             ) from error
-
-    @property
-    def bytes(self) -> None:
-        """Not known before it is read."""
-        return None
 
 
 def load_hub(name: str, config: str | None, split: str, revision: str) -> Any:

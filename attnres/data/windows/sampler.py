@@ -64,11 +64,7 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
     Raises:
         ConfigError: The sizes do not divide.
     """
-    sizes = {
-        "global_batch_size": global_batch_size,
-        "micro_batch_size": micro_batch_size,
-        "world size": world_size,
-    }
+    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "world size": world_size}
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name}: expected at least 1, got {size}")

@@ -118,11 +118,7 @@ def probe_windows(
         ConfigError: A number is not positive, or the split is not one.
         DataError: No document of the split is long enough.
     """
-    numbers = {
-        "length": length,
-        "max_documents": max_documents,
-        "windows_per_document": windows_per_document,
-    }
+    numbers = {"length": length, "max_documents": max_documents, "windows_per_document": windows_per_document}
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ConfigError(f"{name}: expected at least 1, got {number}")

@@ -51,17 +51,8 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
             newest = np.full((len(edges) - 1, 1), np.nan)
             grid[at[~current], chosen["source"].to_numpy(int)[~current]] = weights[~current]
             newest[at[current], 0] = weights[current]
-            style: dict[str, Any] = {
-                "vmin": 0,
-                "vmax": 1,
-                "cmap": "viridis",
-                "edgecolors": "white",
-                "linewidth": 0.3,
-            }
-            for x_edges, values in (
-                (np.arange(columns + 1.0), grid),
-                (columns + np.array([0.4, 1.4]), newest),
-            ):
+            style: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "viridis", "edgecolors": "white", "linewidth": 0.3}
+            for x_edges, values in ((np.arange(columns + 1.0), grid), (columns + np.array([0.4, 1.4]), newest)):
                 mesh = axis.pcolormesh(x_edges, edges, np.ma.masked_invalid(values), **style)
             for row, column in zip(at, chosen["source"].to_numpy(int), strict=True):
                 if (chosen["num_sources"].to_numpy(int)[at == row] == 1).all():
