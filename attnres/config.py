@@ -33,7 +33,6 @@ def unknown_key(path: str, name: str, known: Iterable[str], where: str = "") -> 
     Args:
         path: full dotted path of the key as it was given.
         name: its last part.
-        known: the names that exist there.
         where: dotted path of the group, prefixed to the suggestion.
     """
     known = sorted(known)

@@ -51,7 +51,6 @@ def parsed_command(
 
     Args:
         parser: exits with 2 by itself where the words are wrong.
-        run: the command.
         arguments: None takes those of the process.
     """
     given = parser.parse_args(arguments)

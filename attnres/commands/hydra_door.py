@@ -36,7 +36,6 @@ def configured_command(name: str, run: Callable[[Plain], None]) -> None:
 
     Args:
         name: of the configuration in `conf/`: `"train"` or `"probe"`.
-        run: the command, given plain containers.
     """
     debug = any(word in ("debug=true", "debug=True") for word in sys.argv)
     sys.exit(run_command(lambda: _composed(name, run), debug))
@@ -117,12 +116,9 @@ def _explained(error: Exception, name: str) -> ConfigError:
         options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
         if options:
             return unknown_key(match[1], option, options, group.replace("/", "."))
-        return ConfigError(f"unknown configuration group {match[1]!r}; known: {', '.join(_groups())}")
+        groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+        return ConfigError(f"unknown configuration group {match[1]!r}; known: {', '.join(groups)}")
     return ConfigError(text.splitlines()[0] if text else type(error).__name__)
-
-
-def _groups() -> list[str]:
-    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 
 
 def _known_keys(name: str) -> set[str]:

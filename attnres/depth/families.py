@@ -64,7 +64,6 @@ def place_reads(plan: DepthPlan, sublayer: str | None, band: str) -> tuple[ReadP
     """The reads of a place in the depth; none where the model is too small for it.
 
     Args:
-        plan: of the model.
         sublayer: `"attn"` or `"mlp"`, or None for one read.
         band: a third of the depth (`"early"`, `"mid"`, `"late"`); `"layer7"`; `"block3"`, the layers `3m .. 4m-1` of a
             model with m layers a block (also under `full`, where a block of sources is one sublayer); or `"read12"`,
@@ -113,8 +112,6 @@ def ineligibility(plan: DepthPlan, read: ReadPlan, family: str) -> str:
         return "only one source"
     if not members:
         return "family is empty"
-    if len(members) == read.num_sources:
-        return "family is every source"
     inside = {read.sources[i] for i in members}
     outside = {source for i, source in enumerate(read.sources) if i not in members}
     if inside & outside:

@@ -11,9 +11,7 @@ VERSION = 1
 KEY = "format"
 
 
-def check_format(
-    plain: Mapping[str, Any], where: Path, refusal: type[AttnResError], remedy: str, version: int = VERSION
-) -> None:
+def check_format(plain: Mapping[str, Any], where: Path, refusal: type[AttnResError], remedy: str) -> None:
     """Refuses a folder of another version.
 
     Args:
@@ -21,11 +19,10 @@ def check_format(
         where: the folder or file, for the message.
         refusal: the error to raise.
         remedy: names the command that converts it, or what else to do.
-        version: that can be read.
 
     Raises:
         AttnResError: `refusal`, in one line.
     """
     named = plain.get(KEY, 1)
-    if named != version:
-        raise refusal(f"{where}: format {named!r}, this version reads format {version}; {remedy}")
+    if named != VERSION:
+        raise refusal(f"{where}: format {named!r}, this version reads format {VERSION}; {remedy}")

@@ -10,7 +10,6 @@ def content_hash(plain: Any, spaced: bool = False) -> str:
     """sha256, in hex, of the JSON of plain containers with sorted keys: equal values have equal hashes.
 
     Args:
-        plain: dicts, lists, strings, numbers, booleans, None.
         spaced: with a space behind `,` and `:`, as the corpora on disk were named; else without.
     """
     separators = None if spaced else (",", ":")

@@ -106,7 +106,6 @@ def locked(path: Path, busy: str, timeout: float = 0.0) -> Iterator[None]:
     """Holds a lock file. The lock is the kernel's, so that it dies with its holder.
 
     Args:
-        path: of the lock file.
         busy: what the error says where another process holds it.
         timeout: seconds to wait for that process; -1 waits for ever.
 

@@ -22,7 +22,6 @@ class Candidate:
     """A cell that is asked for, in one model.
 
     Attributes:
-        model: its name.
         spec: what is done where.
         cell: where it can be judged, or why it is excluded.
     """
@@ -100,7 +99,6 @@ def make_grid(config: GridConfig, plans: Mapping[str, DepthPlan]) -> Grid:
     """The grid that a configuration asks for.
 
     Args:
-        config: which cells.
         plans: model -> its depth plan, the trained model's first; all are equally deep.
     """
     plan = next(iter(plans.values()))

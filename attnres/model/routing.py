@@ -131,12 +131,7 @@ def open_block(
 
 
 def route(
-    state: DepthState,
-    read: ReadPlan,
-    norm: Qwen3RMSNorm,
-    config: Qwen3AttnResConfig,
-    context: Context,
-    backend: str,
+    state: DepthState, read: ReadPlan, norm: Qwen3RMSNorm, config: Qwen3AttnResConfig, context: Context, backend: str
 ) -> tuple[DepthState, Tensor]:
     """One read of an open block: the new state, and what the sublayer sees, `RMSNorm(h) [B, T, D]`.
 

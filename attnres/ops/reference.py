@@ -7,11 +7,7 @@ from torch import Tensor
 
 
 def depth_mix(
-    sources: Sequence[Tensor],
-    query: Tensor,
-    key_weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
+    sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     r"""Softmax-and-mix over depth sources (Attention Residuals, arXiv 2603.15031).
 
@@ -22,12 +18,7 @@ def depth_mix(
 
     Computed in fp32 (fp64 for fp64 sources); the mix is cast back to the sources' dtype once.
 
-    Args:
-        sources: S tensors `[B, T, D]`, oldest first. Values are mixed as they are, not normalised.
-        query: `w [D]`.
-        key_weight: `g [D]`, the weight of the RMS norm on the keys.
-        bias: `b`, `[S]` or `[B, S]`; `-inf` removes a source. None is zero.
-        eps: added to the mean square of a source.
+    The arguments are those of `attnres.ops.depth_mix`: `query` is `w`, `key_weight` is `g`.
 
     Returns:
         The mix `[B, T, D]` and the routing weights `[B, T, S]` (fp32, differentiable).

@@ -35,7 +35,7 @@ class Check:
     name: str
     model: str
     passed: bool
-    value: float | None
+    value: float
     limit: float | None
     detail: str
 
@@ -70,10 +70,8 @@ def check_subject(
     """All checks of one model on a few windows.
 
     Args:
-        subject: the model.
         vanilla: the unwrapped model of a wrapped baseline.
-        ids: `[B, T]`.
-        labels: `[B, T]`.
+        ids, labels: `[B, T]`.
         specs: the grid; the check of doing nothing resumes from every layer where one of these starts.
     """
     plan = subject.plan
@@ -176,8 +174,7 @@ def require_passed(checks: list[Check]) -> None:
     for check in checks:
         if not check.passed:
             limit = "" if check.limit is None else f", limit {check.limit:g}"
-            value = "" if check.value is None else f": {check.value:.3g}{limit}"
             raise NumericsError(
-                f"check failed for {check.model}: {check.name}{value} ({check.detail}); no result was written, "
-                "check that the checkpoint and its configuration belong together"
+                f"check failed for {check.model}: {check.name}: {check.value:.3g}{limit} ({check.detail}); "
+                "no result was written, check that the checkpoint and its configuration belong together"
             )

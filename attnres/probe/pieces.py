@@ -47,9 +47,6 @@ def pieces_folder(folder: Path, config: GridConfig, hashes: Mapping[str, Any], d
     """Where the pieces of a probe are kept.
 
     Args:
-        folder: of the probe.
-        config: which cells, on which windows.
-        hashes: of text and checkpoints.
         device: `"cpu"` or `"cuda"`.
     """
     measured_on = [to_plain(config), dict(hashes), versions(), source_digest(MEASURING_ROOMS), device]

@@ -54,12 +54,10 @@ class Fixed:
     """Everything about a probe that is fixed before its first result.
 
     Attributes:
-        config: which cells, on which windows.
         statistics: configuration of the statistics as plain containers, with `grid_cells` filled in.
         subjects: the models and their text.
         grid: every cell in every model, as the depth plans decide on it.
         checks: all passed.
-        command: that started the probe.
     """
 
     config: GridConfig

@@ -83,7 +83,6 @@ def measure(
     """Effects of every eligible cell on every window, with mass and routing from the clean runs.
 
     Args:
-        subjects: the models.
         grid: the cells; what needs the pilot split and cannot have it is excluded.
         execution: how, and in which stages.
         what_next: asked after each stage but the last.
@@ -201,11 +200,8 @@ def _clean_run(
     """The clean run of a batch; what it says about mass and routing is kept if it is not yet.
 
     Args:
-        subject: the model.
         specs: the cells whose families' mass is measured, beside those of the standard grid.
         starts: layers in front of which the state is kept.
-        batch: the windows.
-        execution: how.
     """
     ids, labels = batch.tokens(subject.model.lm_head.weight.device)
     if _observed(subject, execution, batch):

@@ -75,7 +75,6 @@ def launched(devices: int, device: str) -> Iterator[Ranks]:
     before it does. In the others the error ends the block and nothing more.
 
     Args:
-        devices: how many processes.
         device: `"auto"`, `"cpu"` or `"cuda"`.
 
     Raises:

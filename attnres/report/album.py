@@ -9,6 +9,7 @@ template (`templates/figures.html.j2`), which shows `drawings.<section>`. Compar
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from matplotlib.figure import Figure
@@ -56,8 +57,6 @@ class FigureEntry(Generic[_Source]):
     """The figures of one section.
 
     Attributes:
-        section: where they stand.
-        builder: makes the figure.
         plates: what is drawn of the source, the tables of a probe for example; nothing where there is nothing to show.
     """
 
@@ -105,35 +104,25 @@ def _analytic(tables: Tables) -> Iterator[Plate]:
             yield Plate(name, alt, {"routing": reads, "title": model})
 
 
-def _effects(tables: Tables) -> Iterator[Plate]:
-    return _maps(tables, [tables.intervention], along_depth=False)
-
-
-def _depth(tables: Tables) -> Iterator[Plate]:
-    return _maps(tables, [tables.intervention], along_depth=True)
-
-
-def _others(tables: Tables) -> Iterator[Plate]:
-    return _maps(tables, [kind for kind in tables.interventions if kind != tables.intervention])
-
-
-def _maps(tables: Tables, interventions: Sequence[str], along_depth: bool | None = None) -> Iterator[Plate]:
-    """Maps of effects: of every model and intervention, over bands, along the depth, or over both."""
+def _maps(tables: Tables, along_depth: bool | None = None) -> Iterator[Plate]:
+    """Maps of effects of every model: of the main intervention over bands or along the depth, or all of the others."""
     cells, margin = tables.cells, tables.margin
+    main = along_depth is not None
+    interventions = [kind for kind in tables.interventions if (kind == tables.intervention) == main]
     limit = plotting.effect_limit(cells[cells["eligible"]], margin)
     for model, name in _models(tables):
         for kind in interventions:
             mine = cells[(cells["model"] == model) & (cells["intervention"] == kind) & (cells["family"] != WHOLE_READ)]
             several = len(tables.interventions) > 1
             heading, stem = (f"{model}: {kind}", f"{name}-{words.slug(kind)}") if several else (model, name)
-            for deep in (False, True) if along_depth is None else (along_depth,):
+            for deep in (along_depth,) if main else (False, True):
                 rows = mine[mine["band"].map(effects.along_depth) == deep]
                 if rows.empty:
                     continue
                 counts = ", ".join(f"{n} {verdict}" for verdict, n in rows["verdict"].value_counts(sort=False).items())
                 where = "sublayer and place along the depth" if deep else "sublayer and band"
                 alt = f"{heading}: effect by family, {where}; {counts}. The values are in the table of cells."
-                suffix = "-depth" if deep and along_depth is None else ""
+                suffix = "-depth" if deep and not main else ""
                 yield Plate(stem + suffix, alt, {"cells": rows, "title": heading, "limit": limit, "margin": margin})
 
 
@@ -202,9 +191,9 @@ def _contrasts(tables: Tables) -> Iterator[Plate]:
 FIGURES: tuple[FigureEntry[Tables], ...] = (
     FigureEntry("routing", maps.routing_heatmap, _routing),
     FigureEntry("analytic", maps.analytic_lines, _analytic),
-    FigureEntry("effects", effects.effect_map, _effects),
-    FigureEntry("depth", effects.place_map, _depth),
-    FigureEntry("others", effects.any_map, _others),
+    FigureEntry("effects", effects.effect_map, partial(_maps, along_depth=False)),
+    FigureEntry("depth", effects.place_map, partial(_maps, along_depth=True)),
+    FigureEntry("others", effects.any_map, _maps),
     FigureEntry("scatter", cell_figures.mass_effect_scatter, _scatter),
     FigureEntry("ranks", cell_figures.rank_slopegraph, _ranks),
     FigureEntry("forest", forest.effect_forest, _forest),

@@ -48,7 +48,6 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
     Args:
         folders: what probes wrote, the run to compare with first.
-        out: where the report goes; made if it is missing.
 
     Raises:
         ConfigError: a folder does not exist or is named twice.

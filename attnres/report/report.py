@@ -38,7 +38,6 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     The same tables give the same bytes.
 
     Args:
-        folder: what a probe wrote.
         out: where the report goes; `folder` by default.
 
     Raises:

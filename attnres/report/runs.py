@@ -27,8 +27,6 @@ class Run:
 
     Attributes:
         label: short and unlike any other run's.
-        folder: where its tables are.
-        tables: what the probe wrote.
         run, experiment, seed, step: of the trained model, as far as its summary tells.
     """
 
@@ -158,11 +156,8 @@ def _recorded(run: Run) -> dict[str, Any]:
         "training": training,
         "baselines": {str(m.get("name")): {k: m.get(k) for k in ("convention", "step", "seed")} for m in baselines},
         "probe": run.tables.preregistration.get("probe"),
-        "statistics": {k: v for k, v in summary["statistics"].items()},
-        "hashes": provenance.get("hashes"),
-        "versions": provenance.get("versions"),
-        "git": provenance.get("git"),
-        "hardware": provenance.get("hardware"),
+        "statistics": summary["statistics"],
+        **{name: provenance.get(name) for name in ("hashes", "versions", "git", "hardware")},
     }
 
 

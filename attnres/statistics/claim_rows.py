@@ -24,10 +24,7 @@ def claim_row(
     """One claim as `summary.json` holds it.
 
     Args:
-        claim: what the study says.
         verdict: on the trained model.
-        evidence: the numbers behind it.
-        test: how it was judged.
         against: verdict against each model without trained routing.
         recurs: verdict on each control whose routing was trained too.
     """

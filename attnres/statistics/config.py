@@ -41,22 +41,14 @@ class StatisticsConfig:
             if not valid:
                 raise ConfigError(f"statistics.{name}={getattr(self, name)}: expected {expected}")
 
-        require(
-            math.isfinite(self.margin) and self.margin > 0,
-            "margin",
-            "a positive number of nats/token, e.g. 0.005",
-        )
+        require(math.isfinite(self.margin) and self.margin > 0, "margin", "a positive number of nats/token, e.g. 0.005")
         require(0 < self.alpha < 0.5, "alpha", "a level between 0 and 0.5, e.g. 0.05")
         require(self.sign_flips >= 999, "sign_flips", "at least 999 (9999 for results that are reported)")
         require(self.bootstrap >= 100, "bootstrap", "at least 100 resamples (2000 for results that are reported)")
         require(self.seed >= 0, "seed", "a non-negative integer")
         require(self.permutations >= 0, "permutations", "0 or more permuted tables, e.g. 200")
         require(self.alpha < self.power < 1, "power", "a probability between alpha and 1, e.g. 0.9")
-        require(
-            self.grid_cells is None or self.grid_cells >= 1,
-            "grid_cells",
-            "a positive number of cells, or null",
-        )
+        require(self.grid_cells is None or self.grid_cells >= 1, "grid_cells", "a positive number of cells, or null")
         if self.grid_cells is not None:
             self.require_resolution(self.grid_cells)
 

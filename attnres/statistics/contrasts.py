@@ -26,8 +26,6 @@ def contrast_table(design: Design, config: StatisticsConfig, trained: str = Mode
 
     Args:
         design: without mass, the columns of mass are empty.
-        config: margin, level, resampling, size of the grid.
-        trained: name of the trained model.
 
     Returns:
         One row per baseline x cell that is eligible in both and was run on both, columns `columns.CONTRASTS`;

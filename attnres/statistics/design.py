@@ -32,7 +32,6 @@ class Averages:
     """Means by document in one split, over each document's windows.
 
     Attributes:
-        split: which documents.
         documents: their ids, ascending: [documents].
         windows: how many windows they have together.
         units: what was measured, e.g. (model, cell) -> its row in `values`.
@@ -141,8 +140,6 @@ def averages(table: pd.DataFrame, names: Sequence[str], measures: Sequence[str],
         table: tidy, one row per unit x window, with columns `document`, `window`, `split`, the units' and the
             measures'.
         names: columns that together name what was measured, e.g. model and cell.
-        measures: columns to average.
-        split: the split to read.
 
     Raises:
         ValueError: a column is missing, a row is repeated, a split is none, or units differ in their windows.

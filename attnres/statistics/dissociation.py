@@ -35,7 +35,6 @@ def dissociation_table(design: Design, spearman: pd.DataFrame, config: Statistic
     Args:
         design: masked cells at bands are read.
         spearman: `spearman_table` of the same design.
-        config: level, resampling and seed.
 
     Returns:
         One row per model x sublayer type, columns `columns.DISSOCIATION`; differences and p are NaN where

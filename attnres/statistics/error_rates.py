@@ -60,7 +60,6 @@ class Scenario:
         name: what is counted, and under which truth.
         kind: "error" and "power" are held against a bound, "shown" is not.
         distribution: of values over documents; a key of `DISTRIBUTIONS`.
-        documents: how many.
         draw: (rng, replicates, config) -> one outcome per replicate.
         replicates: in the full run.
         chunk: replicates drawn at a time; their flips are shared, the next chunk has others.
@@ -237,7 +236,6 @@ def run(folder: Path, full: bool, jobs: int = 1, progress: Callable[[Rate], None
         folder: written after every scenario, so that a run that was stopped goes on.
         full: all replicates; otherwise a fortieth of them.
         jobs: processes; what they find does not depend on how many there are.
-        progress: called with every new rate.
     """
     path = folder / "power.json"
     folder.mkdir(parents=True, exist_ok=True)

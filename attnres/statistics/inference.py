@@ -69,7 +69,6 @@ class _Powers(NamedTuple):
 
         Args:
             first, third: [..., columns of the slice], sums of `values` and of `cubes` under some signs.
-            of: which columns.
         """
         documents = len(self.values)
         second = np.where(self.second > 0, self.second, 1.0)[of]
@@ -102,9 +101,7 @@ def sign_flip_p(
     same p far more slowly, which matters to simulations.
 
     Args:
-        values: [documents, columns].
         flips: B, the number of random flips.
-        seed: seed of the flips.
         alternative: "two-sided" tests for any mean but zero, "greater" for a mean above zero.
 
     Returns:
@@ -141,10 +138,8 @@ def bca_interval(values: Floats, resamples: int, level: float, seed: int) -> tup
     percentile interval of the same resamples is given, so the result is never NaN.
 
     Args:
-        values: [documents, columns].
         resamples: number of bootstrap resamples; columns share them.
         level: coverage, e.g. 0.95.
-        seed: seed of the resamples.
 
     Returns:
         Lower and upper limits, [columns] each.
@@ -205,7 +200,6 @@ def one_sided_p(values: Floats, bound: float, alternative: Literal["less", "grea
     skewness would only have made it easier to pass.
 
     Args:
-        values: [documents, columns].
         bound: in the unit of the values.
         alternative: "less" rejects "mean >= bound", "greater" rejects "mean <= bound".
 

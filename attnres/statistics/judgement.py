@@ -33,7 +33,6 @@ def judge(
 
     Args:
         effects, mass, eligibility: as measured; see `Design.of`, which says what is refused.
-        config: what was fixed before.
         models: rows of a summary; see `Roles.of`.
     """
     design = Design.of(effects, mass, eligibility)

@@ -50,7 +50,6 @@ def motif_table(
         design: the confirmatory split is read.
         cells: `cell_table` of the same design.
         contrasts: `contrast_table` of the same design, for what was learned.
-        config: level, resampling and seed.
         shared: the baseline that shares the trained model's source convention, or None.
 
     Returns:

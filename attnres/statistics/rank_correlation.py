@@ -176,8 +176,6 @@ def against_exact(estimates: pd.DataFrame, design: Design, config: StatisticsCon
 
     Args:
         estimates: one row per cell x window of one model, `estimate` in nats/token.
-        design: the exact effects.
-        config: level, resamples and seed.
 
     Returns:
         `attribution`, a row per cell with its `model`, mean `estimate` and exact mean `dnll` in nats/token; and

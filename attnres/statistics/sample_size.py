@@ -25,7 +25,6 @@ def documents_needed(dnll: Floats, kl: Floats, family_size: int, config: Statist
         dnll: [documents, columns], nats/token.
         kl: [documents, columns], nats/token.
         family_size: tests in the Holm family.
-        config: margin, alpha and power.
 
     Returns:
         Whole numbers [columns], inf where a billion documents would not do.

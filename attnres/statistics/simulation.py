@@ -32,29 +32,13 @@ _PAIR_STAGES = ((299, 0.1),)
 _FEW_RESAMPLES = 999  # of the percentile tests, which the level does not feel
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-    return rng.normal(size=shape)
-
-
-def _heavy(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-    return rng.standard_t(3, size=shape) / np.sqrt(3)
-
-
-def _skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-    return rng.exponential(size=shape) - 1
-
-
-def _left_skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-    return -_skewed(rng, shape)
-
-
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Floats]
 # Mean 0 and standard deviation 1 each.
 DISTRIBUTIONS: dict[str, Draw] = {
-    "normal": _normal,
-    "heavy-tailed (t, 3 df)": _heavy,
-    "skewed (exponential)": _skewed,
-    "skewed to the left": _left_skewed,
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "heavy-tailed (t, 3 df)": lambda rng, shape: rng.standard_t(3, size=shape) / np.sqrt(3),
+    "skewed (exponential)": lambda rng, shape: rng.exponential(size=shape) - 1,
+    "skewed to the left": lambda rng, shape: 1 - rng.exponential(size=shape),
 }
 
 
@@ -69,10 +53,8 @@ def flip_p(
 
     Args:
         values: [documents, columns].
-        config: flips and seed.
         stages: (flips, limit): columns whose p from these flips is at most the limit go on to the next stage. Limits
             have to be several standard errors above the p at which decisions fall.
-        alternative: as in `sign_flip_p`.
         also: of the same shape; p is then the larger of the two (an intersection-union test).
     """
     p = np.ones(values.shape[1])
@@ -137,12 +119,12 @@ def family_wise(draw: Draw, documents: int, truth: NoEffect = NoEffect()) -> Out
     return outcomes
 
 
-def detection(draw: Draw, documents: int, d: float = 0.2, planted: int = 1) -> Outcome:
-    """The first of the `planted` cells of a grid, all of effect d standard deviations, is called causal."""
+def detection(draw: Draw, documents: int) -> Outcome:
+    """The one cell of a grid that has an effect, of d = 0.2 standard deviations, is called causal."""
 
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
         values = draw(rng, (documents, replicates, CELLS))
-        values[:, :, :planted] += d
+        values[:, :, 0] += 0.2
         flat = _WIDE * values.reshape(documents, -1)
         return verdicts(flat, np.zeros_like(flat), CELLS, config)[:, 0] == Verdict.CAUSAL
 
@@ -158,7 +140,7 @@ def null_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "d
             dnll = config.margin + _NARROW * draw(rng, shape)
             kl: Floats = np.zeros(shape)
         else:
-            dnll = 0.1 * _NARROW * _normal(rng, shape)
+            dnll = 0.1 * _NARROW * rng.normal(size=shape)
             kl = config.margin * (1 + draw(rng, shape))
         tests = margin_tests(dnll, kl, config.margin)
         never = np.ones(replicates)  # the other tests come later in the order of verdicts
@@ -167,10 +149,10 @@ def null_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "d
     return outcomes
 
 
-def dissociation(draw: Draw, documents: int, pilot: int = 128, effect: float = 0.0, mass: float = 1.0) -> Outcome:
+def dissociation(draw: Draw, documents: int, pilot: int = 128, effect: float = 0.0) -> Outcome:
     """Any sublayer type of a model (of two) is called dissociated.
 
-    Cell 0 has the larger mass by `mass`, and cell 1 the larger effect by `effect`, both in standard deviations of a
+    Cell 0 has the larger mass by one, and cell 1 the larger effect by `effect`, both in standard deviations of a
     difference of two cells over documents; the other cells have neither.
     """
 
@@ -182,7 +164,7 @@ def dissociation(draw: Draw, documents: int, pilot: int = 128, effect: float = 0
                 values = {}
                 for split, count in (("pilot", pilot), ("confirm", documents)):
                     masses = 0.2 + 0.05 * draw(rng, (count, SUBLAYER_CELLS))
-                    masses[:, 0] += 0.05 * scale * mass
+                    masses[:, 0] += 0.05 * scale
                     effects = _WIDE * (1 + draw(rng, (count, SUBLAYER_CELLS)))
                     effects[:, 1] += _WIDE * scale * effect
                     values[split] = masses, effects
@@ -240,8 +222,6 @@ def ranking(draw: Draw, documents: int, noise: float = 1.0, better: bool = False
     effect. With `better`, the other two have the true ranks.
 
     Args:
-        draw: noise over documents.
-        documents: how many.
         noise: standard error of the other measures' means in steps of rank; that of effect and mass is 1.
         better: whether the others predict better.
     """

@@ -45,18 +45,13 @@ class RunCheckpointIO(TorchCheckpointIO):
     """Lightning's door to `write_checkpoint`: `trainer.save_checkpoint(folder)` publishes a step folder.
 
     Args:
-        info: what an export says about the run.
         published: called with a folder when it carries its final name.
         background: write in a thread, from a copy in host memory, while training goes on. There is one write at a time;
             the next save, `check` or `wait` raises its error. `storage_options={"wait": True}` waits for the write.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        info: ExportInfo,
-        published: Callable[[Path], None],
-        background: bool,
+        self, model: PreTrainedModel, info: ExportInfo, published: Callable[[Path], None], background: bool
     ) -> None:
         self._model = model
         self._info = info
@@ -117,7 +112,6 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
         checkpoint: Lightning's dictionary, with this project's entry under `attnres`.
         model: gives architecture and configuration. Its weights are taken from `checkpoint`, where those of a sharded
             model have been gathered.
-        info: what the export says about the run.
 
     Raises:
         NumericsError: a weight is not finite; nothing is written.
@@ -128,7 +122,7 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
     bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise NumericsError(f"{folder.name}: weights are not finite ({bad[0]} and {len(bad) - 1} more); not saved")
-    if not _all_finite(checkpoint.get("optimizer_states")):
+    if not all(torch.isfinite(tensor).all() for tensor in _tensors(checkpoint.get("optimizer_states"))):
         raise NumericsError(f"{folder.name}: the optimizer's state is not finite; not saved: lower optim.lr")
     remedy = "the checkpoint is not written; free space or fix the folder"
     with storage_errors(folder, remedy), _published(folder) as temporary:
@@ -271,10 +265,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
-
-
-def _all_finite(value: Any) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
 
 
 def _stored_in_full(value: Any) -> bool:

@@ -30,7 +30,6 @@ class ClusterConfig:
     """The machines to estimate for.
 
     Attributes:
-        gpus: their number.
         gpu: one of the known GPUs, unless `peak_tflops` and `memory_gib` describe it.
         mfu: model FLOPs utilisation that is assumed, a fraction of the peak.
         peak_tflops: dense TFLOP/s of one GPU.
@@ -71,13 +70,9 @@ class CostEstimate:
     Attributes:
         parameters: of the model, tied ones once.
         routing_parameters: how many of these belong to the routing.
-        tokens: of the whole run.
-        tokens_per_step: of one optimizer step.
-        flops_per_token: see `attnres.training.flops`.
         accumulation: micro-batches that a GPU adds up in a step.
         memory: bytes by what they hold.
         tokens_per_second: of one GPU, at the MFU that is assumed.
-        seconds: of the whole run.
     """
 
     parameters: int

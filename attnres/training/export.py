@@ -19,8 +19,6 @@ class ExportInfo:
     """What a checkpoint says about its run, so that the probe needs no training YAML.
 
     Attributes:
-        tokenizer_path: of the corpus's tokenizer file.
-        eos_id: token id of the end of a document.
         training: becomes `training.json`, with step, tokens and val_loss of the checkpoint.
         data: becomes `data.json`.
     """
@@ -32,19 +30,13 @@ class ExportInfo:
 
 
 def export_model(
-    folder: Path,
-    model: PreTrainedModel,
-    weights: Mapping[str, Tensor],
-    info: ExportInfo,
-    progress: Mapping[str, Any],
+    folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], info: ExportInfo, progress: Mapping[str, Any]
 ) -> None:
     """Writes a Hugging Face folder that loads without the rest of the run.
 
     Args:
-        folder: an empty folder.
         model: gives architecture and configuration.
         weights: whole tensors by the model's own names.
-        info: what the folder says about the run.
         progress: step, tokens and val_loss of the checkpoint.
     """
     with _without_progress_bar():
@@ -64,7 +56,6 @@ def model_card(config: PreTrainedConfig, parameters: int, training: dict[str, An
     """README.md of an export, as the hub reads it.
 
     Args:
-        config: of the model.
         parameters: their number; tied ones count once.
         training: the content of `training.json`.
         data: the content of `data.json`.

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from attnres import faults
-from attnres.data import prepare
+from attnres.data import TextDataModule, prepare
 from attnres.errors import AttnResError, CheckpointError, Stopped, one_line
 from attnres.files.run_folder import LOCK, TRAINING_FILE, refuse_links, refuse_unsafe_loading
 from attnres.files.whole_files import locked, storage_errors
@@ -28,7 +28,7 @@ from attnres.training.module import CausalLMModule
 from attnres.training.resume import check_compatible, choose_start, completed
 from attnres.training.run_records import End, Run, record_end, record_start
 from attnres.training.step_duties import StepDuties
-from attnres.training.trainer import RunData, build_trainer
+from attnres.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ def train(config: TrainConfig, command: str) -> Path:
     """Trains to `max_steps`, from wherever the run folder says that it was.
 
     Args:
-        config: the run.
         command: the command line, for provenance.
 
     Returns:
@@ -91,7 +90,10 @@ def train(config: TrainConfig, command: str) -> Path:
 def _fit(run: Run, base: Located | None, signals: StopSignals) -> End:
     """Batches, model, loss and gradient, then the steps; each checkpoint has a manifest and an exported folder."""
     config, folder, start = run.config, run.folder, run.start
-    data = RunData(config, run.corpus)
+    wanted = config.trainer
+    data = TextDataModule(
+        run.corpus, config.data, wanted.micro_batch_size, wanted.global_batch_size, wanted.num_workers
+    )
     faults.point("train.model")
     model = initial_model(config, run.corpus, base if start.checkpoint is None else None)
     set_execution(model, config.trainer)

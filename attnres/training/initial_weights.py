@@ -87,8 +87,6 @@ def initial_model(config: TrainConfig, corpus: Corpus, base: Located | None) -> 
     """The model of a run, with gradients off for what is not to be trained.
 
     Args:
-        config: of the run.
-        corpus: gives the vocabulary.
         base: from `resolve_base`; None keeps the weights that the seed gives.
 
     Raises:

@@ -54,7 +54,6 @@ class CsvLogger(_BaseLogger):
     Numbers are written with `repr`, so that reading them back gives the same float.
 
     Args:
-        path: the file.
         resume_step: rows after this step are dropped on opening, so that the curve of a resumed run has no seam.
     """
 
@@ -118,7 +117,6 @@ class WandbLogger(_BaseLogger):
     Online without a server that answers becomes offline: `wandb sync` uploads the folder later.
 
     Args:
-        config: of the logger.
         folder: of the run, whose name is the name and id of the run there.
         plain: the run's configuration, without secrets.
     """

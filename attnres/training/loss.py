@@ -65,7 +65,7 @@ def _from_hidden(model: Any, inputs: dict[str, Tensor], labels: Tensor, loss: Lo
     return linear_nll(hidden.flatten(0, 1), model.lm_head.weight, labels, loss)
 
 
-def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss, rows: int | None = None) -> Tensor:
+def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` in fp32 nats, without all logits at once.
 
     Products run in autocast's dtype where it is on, cross-entropy in fp32.
@@ -74,20 +74,19 @@ def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss, rows:
         hidden: `[N, D]`.
         weight: `[V, D]`, of the head.
         labels: `[N]`; -100 is ignored.
-        loss: `chunked` (slices of positions, logits recomputed in the backward pass) or `torch` (torch's own
+        loss: `chunked` (slices of `LOGITS_BYTES`, logits recomputed in the backward pass) or `torch` (torch's own
             `F.linear_cross_entropy`).
-        rows: positions of a slice; None cuts slices of `LOGITS_BYTES`. Only for `chunked`.
 
     Raises:
         ConfigError: this torch does not have what `loss` names.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _chunked(hidden, weight, labels, rows) if loss == "chunked" else _torch(hidden, weight, labels)
+    return _chunked(hidden, weight, labels) if loss == "chunked" else _torch(hidden, weight, labels)
 
 
-def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int | None) -> Tensor:
-    rows = rows or max(1, LOGITS_BYTES // (4 * weight.shape[0]))
+def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
     total = hidden.new_zeros((), dtype=torch.float32)
     for states, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
         total = total + checkpoint(_slice_nll, states, weight, targets, use_reentrant=False, preserve_rng_state=False)

@@ -27,9 +27,6 @@ def model_config(plain: Mapping[str, Any], vocab_size: int, eos_id: int, sequenc
     Args:
         plain: `kind` ("attnres" or "vanilla") and fields of that kind's configuration. `vocab_size` may be left out or
             null: then it is the corpus's. `rope_theta` is accepted beside `rope_parameters`.
-        vocab_size: of the corpus.
-        eos_id: token id of the end of a document.
-        sequence_length: of the training windows.
 
     Raises:
         ConfigError: unknown kind or key, a value of the wrong type, or a model too small for the data.

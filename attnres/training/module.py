@@ -54,7 +54,6 @@ class CausalLMModule(pl.LightningModule):
         max_steps: length of the learning-rate schedule in optimizer steps.
         seed: of the run; every micro-batch reseeds from (seed, step, micro-batch, rank), so that no random state
             needs saving.
-        loss: how the NLL is computed (see `attnres.training.loss`).
 
     Raises:
         NumericsError: by the step whose loss or gradient is not finite, before any weight changes.

@@ -28,9 +28,6 @@ class Run:
 
     Attributes:
         config: with `init` filled in.
-        folder: where everything of it lies.
-        corpus: that it trains on.
-        start: where it begins.
         command: the command line, for provenance.
     """
 
@@ -52,12 +49,7 @@ class Run:
         return ExportInfo(
             tokenizer_path=Path(corpus.tokenizer_path),
             eos_id=corpus.eos_id,
-            training={
-                "name": self.config.name,
-                "seed": self.config.seed,
-                "command": self.command,
-                "config": plain,
-            },
+            training={"name": self.config.name, "seed": self.config.seed, "command": self.command, "config": plain},
             data={
                 "fingerprint": corpus.fingerprint,
                 "tokenizer_sha256": corpus.tokenizer_sha256,

@@ -36,11 +36,8 @@ class StepDuties(Callback):
     step, a row of metrics is whole, and nothing runs inside an accumulation.
 
     Args:
-        config: of the run.
-        folder: of the run.
         model: before it is sharded or moved.
         signals: whether the run is asked to stop; may save from the first step on.
-        peers: the other ranks.
 
     Attributes:
         started: whether training has begun, so that a checkpoint has been restored.

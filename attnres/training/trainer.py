@@ -1,4 +1,4 @@
-"""Lightning for one run: the trainer with everything off that this project does itself, and the data that it reads."""
+"""Lightning for one run: the trainer with everything off that this project does itself."""
 
 import logging
 import warnings
@@ -9,42 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from torch.utils.data import DataLoader
 
-from attnres.data import Corpus, TextDataModule, accumulation_steps
+from attnres.data import accumulation_steps
 from attnres.errors import ConfigError, one_line
-from attnres.processes.signals import ignore_stop_signals
 from attnres.training.checkpoint import RunCheckpointIO
 from attnres.training.config import TrainConfig
 from attnres.training.step_duties import StepDuties
 from attnres.training.strategy import strategy
-
-
-class RunData(TextDataModule):
-    """Batches of token ids `[B, T]`, read by workers that ignore the signals that stop a run.
-
-    A scheduler and Ctrl-C signal the whole process group; a worker that dies takes the training process with it
-    before that has saved. Workers end when the training process does.
-    """
-
-    def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
-        super().__init__(
-            corpus,
-            config.data,
-            micro_batch_size=config.trainer.micro_batch_size,
-            global_batch_size=config.trainer.global_batch_size,
-            num_workers=config.trainer.num_workers,
-        )
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        loader = super().train_dataloader()
-        loader.worker_init_fn = ignore_stop_signals
-        return loader
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        loader = super().val_dataloader()
-        loader.worker_init_fn = ignore_stop_signals
-        return loader
 
 
 def build_trainer(

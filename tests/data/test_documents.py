@@ -60,12 +60,6 @@ def test_read_run_refuses_an_ambiguous_name(run):
         documents.read_run(run.with_name("tiny"))
 
 
-def test_documents_shows_no_control_characters_of_a_path(tmp_path, capsys):
-    assert documents.main(["--run", str(tmp_path / "no\x1b[31mwhere"), "--step", "1"]) == 2
-    errors = capsys.readouterr().err
-    assert "no?[31mwhere" in errors and "\x1b" not in errors
-
-
 @pytest.mark.parametrize("name", ["provenance.json", "config.yaml"])
 def test_documents_refuses_a_deeply_nested_file_in_one_line(run, capsys, name):
     (run / name).write_text("[" * 100_000)

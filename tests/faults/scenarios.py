@@ -1,5 +1,6 @@
 """What goes wrong, as data: where a run stands, what is done to it, and what must come of it."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,6 @@ def zero_page(path: Path) -> None:
 
 def own_cache(world: World) -> None:
     """A corpus of this world alone, so that it may be damaged."""
-    import shutil
-
     shutil.copytree(world.cache, world.folder / "cache", dirs_exist_ok=True)
     world.cache = world.folder / "cache"
 
@@ -100,8 +99,6 @@ def _short_text(world: World) -> None:
 
 
 def _remove_steps(world: World) -> None:
-    import shutil
-
     shutil.rmtree(world.trained / "checkpoints")
 
 
@@ -112,25 +109,14 @@ _DAMAGE = "truncated checkpoint, flipped bit, zeroed page"
 _DATA = "corrupt, missing or short data"
 
 # point -> steps that are left afterwards, of a run that goes on from step 4
-_KILLS = {
-    "train.setup": (2, 4),
-    "train.data": (2, 4),
-    "train.model": (2, 4),
-    "train.fit": (2, 4),
-    "train.batch": (2, 4),
-    "train.step": (2, 4),
-    "train.validation": (2, 4),
-    "save.begin": (2, 4),
-    "save.tensors": (2, 4),
-    "save.export": (2, 4),
-    "save.manifest": (2, 4),
-    "save.rename": (2, 4),
-    "save.published": (2, 4, STEPS),
-    "prune.rename": (2, 4, STEPS),
-    "prune.remove": (4, STEPS),
+_BEFORE_THE_NEXT = (
+    *("train.setup", "train.data", "train.model", "train.fit", "train.batch", "train.step", "train.validation"),
+    *("save.begin", "save.tensors", "save.export", "save.manifest", "save.rename", "write"),
+)
+_KILLS = dict.fromkeys(_BEFORE_THE_NEXT, (2, 4)) | {
+    "save.published": (2, 4, STEPS), "prune.rename": (2, 4, STEPS), "prune.remove": (4, STEPS),
     "train.complete": (4, STEPS),
-    "write": (2, 4),
-}
+}  # fmt: skip
 _SHORT_KILLS = {"save.rename", "prune.remove"}
 _PROBE_KILLS = ("probe.located", "probe.checked", "probe.registered", "probe.cell@5", "probe.tables", "report.write@3")
 

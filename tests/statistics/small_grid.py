@@ -57,19 +57,9 @@ def tables(effects_by_cell, models=("attnres", "uniform"), windows=2, documents=
                 mass.append(pd.DataFrame(rows | {"mass": weight} | shares))
             if (model, piece) in effects_by_cell:
                 dnll, kl = (values.repeat(windows) + within for values in effects_by_cell[model, piece])
-                measured = {
-                    "cell": name(piece),
-                    "intervention": "mask",
-                    "dnll": dnll,
-                    "kl": kl,
-                    "flips": 0.25,
-                }
+                measured = {"cell": name(piece), "intervention": "mask", "dnll": dnll, "kl": kl, "flips": 0.25}
                 effects.append(pd.DataFrame(rows | measured))
-    return (
-        pd.concat(effects, ignore_index=True),
-        pd.concat(mass, ignore_index=True),
-        pd.DataFrame(eligibility),
-    )
+    return (pd.concat(effects, ignore_index=True), pd.concat(mass, ignore_index=True), pd.DataFrame(eligibility))
 
 
 def flat(dnll: float, kl: float, deviation: float = 0.0, seed: int = 0, documents: int = DOCUMENTS):

@@ -7,16 +7,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from attnres.tables.columns import CONTRASTS
-from tests.statistics.small_grid import (
-    DOCUMENTS,
-    ELIGIBLE,
-    QUICK,
-    contrasts_of,
-    name,
-    noise,
-    random_tables,
-    tables,
-)
+from tests.statistics.small_grid import DOCUMENTS, ELIGIBLE, QUICK, contrasts_of, name, noise, random_tables, tables
 
 
 def test_contrast_table_judges_mass_apart_from_effect():

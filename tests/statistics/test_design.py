@@ -13,13 +13,7 @@ from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.design import Design
 from attnres.statistics.judgement import judge
 from tests.statistics.probed_tables import measured, model_rows
-from tests.statistics.small_grid import (
-    DOCUMENTS,
-    QUICK,
-    cells_of,
-    contrasts_of,
-    random_tables,
-)
+from tests.statistics.small_grid import DOCUMENTS, QUICK, cells_of, contrasts_of, random_tables
 
 
 def test_tables_read_one_split():
@@ -49,9 +43,7 @@ def test_tables_ignore_row_order_and_document_numbers(seed):
     pd.testing.assert_frame_equal(cells_of(*shuffled, eligibility, QUICK), expected, rtol=1e-12)
     np.testing.assert_array_equal(cells_of(*shuffled, eligibility, QUICK)["p"], expected["p"])
     pd.testing.assert_frame_equal(
-        contrasts_of(shuffled[0], eligibility, QUICK),
-        contrasts_of(effects, eligibility, QUICK),
-        rtol=1e-12,
+        contrasts_of(shuffled[0], eligibility, QUICK), contrasts_of(effects, eligibility, QUICK), rtol=1e-12
     )
 
 

@@ -31,22 +31,14 @@ def tables(mass, effect, pilot=None, noise=0.01, documents=30, seed=0, sublayers
                 means = (mass, effect) if split == "confirm" or pilot is None else pilot
                 number = np.arange(documents) + first
                 rows = where | {"document": number, "window": number * 10, "split": split}
-                values = {
-                    "dnll": means[1][place] + noise * rng.normal(size=documents),
-                    "kl": 0.0,
-                    "flips": 0.0,
-                }
+                values = {"dnll": means[1][place] + noise * rng.normal(size=documents), "kl": 0.0, "flips": 0.0}
                 effects.append(pd.DataFrame(rows | cell | values))
                 shares = {"mass": means[0][place] + noise * rng.normal(size=documents), "uniform_share": 0.25}
                 for metric in ("norm_share", "displacement"):
                     centre = (metrics or {}).get(metric, [0.0] * len(mass))[place]
                     shares[metric] = centre + noise * rng.normal(size=documents)
                 masses.append(pd.DataFrame(rows | shares))
-    return (
-        pd.concat(effects, ignore_index=True),
-        pd.concat(masses, ignore_index=True),
-        pd.DataFrame(eligibility),
-    )
+    return (pd.concat(effects, ignore_index=True), pd.concat(masses, ignore_index=True), pd.DataFrame(eligibility))
 
 
 def spearman_of(effects, mass, eligibility, config):

@@ -11,13 +11,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 from attnres.errors import ConfigError
 from attnres.statistics import inference
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.inference import (
-    adjust_p,
-    bca_interval,
-    equivalence_p,
-    one_sided_p,
-    sign_flip_p,
-)
+from attnres.statistics.inference import adjust_p, bca_interval, equivalence_p, one_sided_p, sign_flip_p
 from attnres.statistics.sample_size import documents_needed
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from run_comparison import same, state
-from training_runs import run, settings
+from training_runs import before_micro_batches, run, settings
 
 from attnres.errors import StorageError
 from attnres.files.run_folder import list_steps, verify
@@ -74,13 +74,7 @@ def test_a_write_that_fails_ends_the_run_soon_and_leaves_nothing(
 
     monkeypatch.setattr(checkpoint_module, "_save_tensors", full)
     steps: list[int] = []
-    real = CausalLMModule.training_step
-
-    def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
-        steps.append(self.trainer.global_step)
-        return real(self, batch, batch_idx)
-
-    monkeypatch.setattr(CausalLMModule, "training_step", training_step)
+    before_micro_batches(monkeypatch, lambda module, batch: steps.append(module.trainer.global_step))
     changes = {"trainer__max_steps": 400, "trainer__async_checkpoint": True, "trainer__val_every_steps": 0}
     with pytest.raises(StorageError, match="No space left"):
         run(settings(tmp_path, data, **(changes | {"trainer__checkpoint_every_steps": 300})) | {"name": "full"})
@@ -93,14 +87,11 @@ def test_a_write_that_fails_ends_the_run_soon_and_leaves_nothing(
 def test_a_run_that_fails_meanwhile_waits_for_its_checkpoint(
     tmp_path: Path, data: dict[str, Any], slow: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = CausalLMModule.training_step
-
-    def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
-        if self.trainer.global_step == 2:
+    def fail(module: CausalLMModule, batch: Any) -> None:
+        if module.trainer.global_step == 2:
             raise StorageError("something else")
-        return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(CausalLMModule, "training_step", training_step)
+    before_micro_batches(monkeypatch, fail)
     with pytest.raises(StorageError, match="something else"):
         run(settings(tmp_path, data, trainer__async_checkpoint=True))
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())

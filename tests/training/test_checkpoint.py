@@ -176,15 +176,18 @@ def test_write_checkpoint_replaces_an_older_folder(tmp_path: Path, write: Any) -
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_prune_keeps_the_last_and_never_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 9):
+def test_prune_keeps_the_last_and_removes_neither_the_newest_nor_a_permanent_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5, 6, 9):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-    prune(tmp_path, newest=4, keep=2, permanent=lambda step: False)
-    assert list(list_steps(tmp_path)) == [3, 4, 9]
-    prune(tmp_path, newest=4, keep=1, permanent=lambda step: False)
-    assert list(list_steps(tmp_path)) == [4, 9]
-    prune(tmp_path, newest=3, keep=1, permanent=lambda step: False)
-    assert list(list_steps(tmp_path)) == [4, 9]
+
+    def left(newest: int, keep: int, *permanent: int) -> list[int]:
+        prune(tmp_path, newest, keep, permanent.__contains__)
+        return list(list_steps(tmp_path))
+
+    assert left(6, 2, 2, 4) == [2, 4, 5, 6, 9]
+    assert left(6, 2) == [5, 6, 9]
+    assert left(6, 1) == [6, 9]
+    assert left(5, 1) == [6, 9]
 
 
 def test_remove_leftovers_removes_temporary_folders_only(tmp_path: Path) -> None:

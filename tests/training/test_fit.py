@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import yaml
 from filelock import FileLock
 from run_comparison import rows, state
-from training_runs import run, settings
+from training_runs import before_micro_batches, fake_wandb, run, settings
 
 from attnres.commands.door import run_command
 from attnres.config import build
@@ -30,13 +29,7 @@ from attnres.training.telemetry import Clock
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Sample ids of every micro-batch that is trained on."""
     seen: list[list[int]] = []
-    step = CausalLMModule.training_step
-
-    def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
-        seen.append(batch["sample_ids"].tolist())
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(CausalLMModule, "training_step", training_step)
+    before_micro_batches(monkeypatch, lambda module, batch: seen.append(batch["sample_ids"].tolist()))
     return seen
 
 
@@ -200,10 +193,10 @@ def test_train_says_out_of_memory_only_of_memory(
     tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails_with(error: Exception) -> tuple[int, str]:
-        def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
+        def fail(module: CausalLMModule, batch: Any) -> None:
             raise error
 
-        monkeypatch.setattr(CausalLMModule, "training_step", training_step)
+        before_micro_batches(monkeypatch, fail)
         code = run_command(lambda: print(run(settings(tmp_path, data))))
         return code, capsys.readouterr().err
 
@@ -229,9 +222,7 @@ def test_train_survives_wandb(
         calls.append(keywords["mode"])
         raise error
 
-    fake = types.SimpleNamespace(init=init, Settings=lambda **_: None)
-    fake.Settings.model_fields = {}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fake_wandb(monkeypatch, init=init)
     folder = run(settings(tmp_path, data, logger__wandb="offline"))
     assert len(rows(folder)) == 6 and (folder / "complete.json").exists()
     assert calls == ["offline"]
@@ -254,9 +245,7 @@ def test_wandb_without_a_server_logs_offline(tmp_path: Path, monkeypatch: pytest
 
     # Nothing listens on port 9 of this machine.
     address = types.SimpleNamespace(settings=types.SimpleNamespace(base_url="http://127.0.0.1:9"))
-    fake = types.SimpleNamespace(init=init, Settings=lambda **_: None, setup=lambda: address)
-    fake.Settings.model_fields = {}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fake_wandb(monkeypatch, init=init, setup=lambda: address)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     logger = WandbLogger(LoggerConfig(wandb="online"), tmp_path, {})
     logger.log_metrics({"loss": 1.5}, step=3)

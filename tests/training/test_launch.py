@@ -176,12 +176,7 @@ def test_sweep_of_three_jobs_leaves_three_folders(tmp_path: Path, words: list[st
 
     def sweep(seeds: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*launch, *tiny, f"seed={seeds}"],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=900,
+            [*launch, *tiny, f"seed={seeds}"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
         )
 
     done = sweep("0,1,2")

@@ -36,7 +36,10 @@ def value_and_gradients(loss: str, ignored: str, bf16: bool = False) -> list[Ten
             logits = F.linear(hidden, weight).float()
             total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         else:
-            total = linear_nll(hidden, weight, labels, loss, rows=16 if loss == "chunked" else None)  # type: ignore[arg-type]
+            # Slices of 16 positions.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("attnres.training.loss.LOGITS_BYTES", 16 * 4 * VOCAB)
+                total = linear_nll(hidden, weight, labels, loss)  # type: ignore[arg-type]
     # A gradient other than one, as accumulation and scaling give.
     (0.25 * total).backward()
     assert total.dtype == torch.float32

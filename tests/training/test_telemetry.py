@@ -4,8 +4,6 @@ import csv
 import json
 import logging
 import random
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
-from training_runs import run, settings
+from training_runs import fake_wandb, run, settings
 
 from attnres.config import build
 from attnres.files.run_folder import list_steps, verify
-from attnres.training.checkpoint import prune
 from attnres.training.checkpoint_schedule import CheckpointSchedule
 from attnres.training.config import LoggerConfig, TrainConfig, TrainerConfig, config_hash
 from attnres.training.flops import flops_per_token, known_gpu, peak_flops
@@ -37,13 +34,6 @@ def test_schedule_keeps_milestones_and_log_spaced_steps() -> None:
     assert [step for step in range(1, 20) if by_half.permanent(step)] == [1, 2, 3, 5, 8, 11, 17]
     plain = CheckpointSchedule.of(TrainerConfig(checkpoint_every_steps=0))
     assert not any(plain.due(step) or plain.permanent(step) for step in range(1, 100))
-
-
-def test_prune_never_removes_a_permanent_checkpoint(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 5, 6):
-        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-    prune(tmp_path, newest=6, keep=2, permanent=lambda step: step in (2, 4))
-    assert list(list_steps(tmp_path)) == [2, 4, 5, 6]
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +126,13 @@ def test_loggers_take_tables_and_alerts(tmp_path: Path, monkeypatch: pytest.Monk
         def alert(self, title: str, text: str) -> None:
             sent.append((title, text))
 
-    fake = types.SimpleNamespace(
-        init=lambda **_: Run(), Settings=lambda **_: None, Table=lambda columns, data: (columns, data)
-    )
-    fake.Settings.model_fields = {}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fake_wandb(monkeypatch, init=lambda **_: Run(), Table=lambda columns, data: (columns, data))
     table = [{"tokens": 7, "family": "older", "mass": 0.5}, {"tokens": 7, "family": "recent", "mass": 0.25}]
     for logger in (WandbLogger(LoggerConfig(), tmp_path, {}), CsvLogger(tmp_path / "metrics.csv", 0)):
         logger.log_table("routing", table, step=3)
         logger.alert("Loss spike", "at step 3")
     columns = ["tokens", "family", "mass"]
-    assert sent == [
-        (3, {"routing": (columns, [[7, "older", 0.5], [7, "recent", 0.25]])}),
-        ("Loss spike", "at step 3"),
-    ]
+    assert sent == [(3, {"routing": (columns, [[7, "older", 0.5], [7, "recent", 0.25]])}), ("Loss spike", "at step 3")]
     assert (tmp_path / "routing.csv").read_text().split() == [
         *("step,tokens,family,mass", "3,7,older,0.5", "3,7,recent,0.25")
     ]

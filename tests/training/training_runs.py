@@ -4,10 +4,13 @@ import importlib
 import os
 import signal
 import socket
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from warm_processes import exit_code, in_child
 
 from attnres.config import build
@@ -64,6 +67,24 @@ def settings(folder: Path, data: dict[str, Any], kind: str = "attnres", **change
 def run(plain: dict[str, Any]) -> Path:
     """Trains in this process."""
     return train(build(TrainConfig, plain), "python train.py")
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, **entries: Any) -> None:
+    """Puts a module with these entries in the place of wandb; it knows no setting."""
+    fake = types.SimpleNamespace(Settings=types.new_class("Settings"), **entries)
+    fake.Settings.model_fields = {}
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+
+def before_micro_batches(monkeypatch: pytest.MonkeyPatch, action: Callable[[CausalLMModule, Any], None]) -> None:
+    """Calls `action` with the module and the batch in front of every micro-batch of training."""
+    original = CausalLMModule.training_step
+
+    def training_step(self: CausalLMModule, batch: Any, batch_idx: int) -> Any:
+        action(self, batch)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(CausalLMModule, "training_step", training_step)
 
 
 def child_run(plain: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from attnres import faults
 from attnres.data.config import SPLITS
@@ -124,8 +123,6 @@ def build(folder: Path, recipe: Recipe, about: dict[str, Any], workers: int = 0)
     """Makes all files of a corpus but its manifest, or goes on where a killed process stopped.
 
     Args:
-        folder: Of the unfinished corpus.
-        recipe: What decides it.
         about: Where the text came from, for the manifest.
         workers: Processes that tokenise; 0 uses this one.
 
@@ -148,7 +145,8 @@ def build(folder: Path, recipe: Recipe, about: dict[str, Any], workers: int = 0)
     elif not path.is_file():
         _train(path, _texts_that_hash_into_train(recipe), recipe)
     tokenizer = load_tokenizer(path)
-    encoder = _encoder(tokenizer, recipe.tokenizer or path, recipe)
+    eos_id, dtype = end_of_text_id(tokenizer, recipe.tokenizer or path), token_dtype(vocabulary_size(tokenizer))
+    encoder = Encoder(tokenizer, eos_id, dtype, whole=not recipe.sharded)
     read = _read(folder, recipe, encoder, signed, workers)
     chunks = Chunks(folder / "chunks", tuple(read.counts))
     splits = _split(folder, chunks, recipe, grouped)
@@ -228,11 +226,6 @@ def _train(path: Path, texts: Iterator[str], recipe: Recipe) -> None:
     trained = train_tokenizer(texts, recipe.vocab_size)
     with whole_file(path) as temporary:
         trained.save(str(temporary))
-
-
-def _encoder(tokenizer: Tokenizer, file: Path, recipe: Recipe) -> Encoder:
-    dtype = token_dtype(vocabulary_size(tokenizer))
-    return Encoder(tokenizer, end_of_text_id(tokenizer, file), dtype, whole=not recipe.sharded)
 
 
 def _read(folder: Path, recipe: Recipe, encoder: Encoder, signed: Chunks | None, workers: int) -> Read:

@@ -76,7 +76,6 @@ class Encoder:
     """Turns texts into ids.
 
     Attributes:
-        tokenizer: Encodes.
         eos_id: Ends each document.
         dtype: Of an id on disk.
         whole: See `encode`.
@@ -99,7 +98,6 @@ def read_chunks(
     """Cuts a stream into chunks.
 
     Args:
-        stream: Where the documents come from.
         state: Of the stream, where to begin.
         number: Of the first chunk.
         max_document_bytes: Longer documents are left out, by name.
@@ -152,8 +150,6 @@ def write_chunk(
     """Signs and tokenises a chunk and writes it below `folder`; the rename at the end makes it count.
 
     Args:
-        folder: Of all chunks.
-        chunk: To write.
         encoder: None writes no ids.
         signed: What `sign` gave for its documents, where that is known.
 
@@ -197,7 +193,6 @@ class Chunks:
     """Chunks on disk; their documents are numbered over all of them.
 
     Attributes:
-        folder: Their folder.
         counts: Documents of each.
     """
 
@@ -297,7 +292,6 @@ def read_own(path: Path, building: Path, types: dict[str, type]) -> dict[str, An
     """A JSON object that an unfinished corpus keeps for itself.
 
     Args:
-        path: Of the file.
         building: Folder of the unfinished corpus.
         types: Of the values that it must hold, by key.
 

@@ -34,12 +34,7 @@ _IDS_CHECKED = 64 * 1024**2
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised documents in four splits. Document ids are `0 .. N-1` over all splits.
-
-    Attributes:
-        path: The corpus' folder.
-        manifest: Contents of `manifest.json`.
-    """
+    """Tokenised documents in four splits. Document ids are `0 .. N-1` over all splits."""
 
     path: Path
     manifest: Mapping[str, Any] = field(repr=False)

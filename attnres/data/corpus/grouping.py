@@ -50,20 +50,17 @@ class Groups:
         return parent
 
 
-def group_near_duplicates(chunks: Chunks, bounded: bool = True, portion: int = PORTION) -> NDArray[np.integer]:
+def group_near_duplicates(chunks: Chunks, bounded: bool) -> NDArray[np.integer]:
     """`[N]`: for each document the lowest document of its group of near-duplicates.
 
     Args:
-        chunks: With signatures of all documents.
         bounded: Take the documents of a band by its hash, and compare each with at most `MOST_COMPARED`. Otherwise take
             them in their order, whatever memory that takes. The groups are the same but for rare chains of documents
             that each nearly agree with the next one.
-        portion: Most entries that are sorted at once.
     """
     count = chunks.firsts[-1]
     groups = Groups(count)
-    if not bounded:
-        portion = max(1, count)
+    portion = PORTION if bounded else max(1, count)
     at_once = max(1, min(BANDS, portion // max(1, count)))
     shares = -(-count // portion) if count else 0
     for first in range(0, BANDS, at_once):

@@ -35,16 +35,7 @@ _LOCK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class ShardsConfig:
-    """What decides the shards, beside the stream and the tokenizer.
-
-    Attributes:
-        seed: Decides the split of each document.
-        validation: Expected fraction of documents in the validation split.
-        probe_pilot: Expected fraction from which a probe picks hypotheses.
-        probe_confirm: Expected fraction on which a probe tests them; the rest is "train".
-        max_document_bytes: Longer documents are left out, by name.
-        max_bytes: Stop before the text exceeds this; None reads all of it.
-        shard_tokens: Most tokens of a shard.
+    """What decides the shards, beside the stream and the tokenizer; see `DataConfig` and `Recipe`.
 
     Raises:
         ConfigError: A field has an impossible value.
@@ -82,12 +73,9 @@ class Job:
     """What decides a folder of shards.
 
     Attributes:
-        stream: Where the text comes from.
-        config: What decides the shards beside it.
         tokenizer: A `tokenizer.json`, or a folder holding one.
         vocab_size: Without `tokenizer`: train one of at most so many entries on documents of the train split, on
             `TOKENIZER_BYTES` of them evenly from files, of a hub's data set on the first ones.
-        exclude: Prepared folders of the same tokenizer; their texts are left out.
 
     Raises:
         ConfigError: Both or neither of `tokenizer` and `vocab_size` are given.
@@ -142,7 +130,6 @@ def make_shards(out: Path, job: Job, workers: int = 1, command: str = "") -> Pat
 
     Args:
         out: Folder to make; `data=prepared data.paths=[out]` trains from it.
-        job: What decides it.
         workers: Processes that tokenise.
         command: For the manifest: how to make the folder again.
 

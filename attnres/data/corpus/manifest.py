@@ -67,7 +67,6 @@ def fingerprint(folder: Path, files: Mapping[str, Mapping[str, Any]], shards: Se
 
     Args:
         folder: The corpus, but for its manifest.
-        files: Digests by name.
         shards: Names of the token files, split after split.
     """
     sha256 = hashlib.sha256()

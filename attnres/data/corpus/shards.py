@@ -122,10 +122,8 @@ def check_file(path: Path, expected: Mapping[str, Any], contents: bool, remedy: 
     """Compares a file with its digest.
 
     Args:
-        path: File to check.
         expected: What `digest` gave when the file was written.
         contents: Read all of it; otherwise only the size is compared.
-        remedy: What to do about damage.
 
     Raises:
         DataError: It is missing or differs; the message says from which byte on.

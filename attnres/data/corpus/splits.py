@@ -18,11 +18,6 @@ def split_of(seed: int, held_out: tuple[float, ...], key: bytes) -> int:
     """Index into `SPLITS` of the group whose smallest content hash is `key`.
 
     Other documents coming or going, or a change of order, do not move it.
-
-    Args:
-        seed: Decides which documents are held out.
-        held_out: Fractions of the splits that are not trained on, in the order of `SPLITS[1:]`.
-        key: Smallest sha256 of a text in the group.
     """
     # The held-out splits take the low end of [0, 1) and train the rest. Past the last edge, the remainder wraps round
     # to 0, which is train.
@@ -38,10 +33,8 @@ def decide_splits(
     In memory: 1 byte a document, and 100 bytes for each group of more than one.
 
     Args:
-        chunks: The documents' records.
         groups: `[N]`, the lowest document of each document's group.
         excluded: Sorted content keys of documents to leave out.
-        decide: `split_of` of a key.
 
     Returns:
         `[N]`: index into `SPLITS` of each document, -1 for one that is left out.
@@ -68,9 +61,7 @@ def check_splits(splits: NDArray[np.int8], groups: int, option: Callable[[str], 
     """Every split has a document.
 
     Args:
-        splits: What `decide_splits` gave.
         groups: Number of groups, for the message.
-        option: How the user spells a field of `DataConfig`.
 
     Raises:
         DataError: One has none.
@@ -90,7 +81,6 @@ def sample_texts(
 
     Args:
         texts: Each with its sha256, which decides whether it is taken.
-        seed: Decides as well.
         share: Expected fraction of the texts to take.
         most: Bytes to stop before.
     """

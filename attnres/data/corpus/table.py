@@ -31,8 +31,6 @@ def write_table(
     """Writes the table, whole or not at all.
 
     Args:
-        path: File to write.
-        chunks: Chunks with ids.
         groups: `[N]`, the lowest document of each document's group.
         splits: `[N]`, index into `SPLITS` of each document, -1 for one that is left out.
         sharded: A row group per chunk, with the column `content`; otherwise one row group without it.

@@ -34,9 +34,7 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: s
     be written, each reads for itself.
 
     Args:
-        folder: Folder of the corpus.
         files: Digests by name, as the manifest stores them.
-        remedy: What to do about damage.
 
     Raises:
         DataError: A file is missing or damaged; the message names it and the bytes.

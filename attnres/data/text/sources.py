@@ -118,8 +118,6 @@ def read_file(file: SourceFile, column: str, strict: bool = True, after: int = 0
     """The documents of one file with their numbers, which count from 1: lines, rows, or the one text.
 
     Args:
-        file: File to read.
-        column: Field of a `.jsonl` or `.parquet` row that holds the text.
         strict: Refuse a text file that is not UTF-8; otherwise it is skipped with a line in the log.
         after: Leave out the documents up to this number.
 

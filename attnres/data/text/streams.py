@@ -29,9 +29,9 @@ class Stream(ABC):
         """
 
     @property
-    @abstractmethod
     def bytes(self) -> int | None:
-        """Roughly how much text there is, or None if that is not known."""
+        """Roughly how much text there is, or None if that is not known before it is read."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class HubStream(Stream):
     Attributes:
         name: Repository, such as "HuggingFaceFW/fineweb-edu".
         config: Configuration of the data set, or None for its default one.
-        split: Its split.
         revision: Commit; see `resolve_revision`.
-        column: Column that holds the text.
         name_column: Column that names a document, if the data set has it; else rows are numbered.
     """
 
@@ -112,11 +110,6 @@ class HubStream(Stream):
                 f"{self.name}: reading stopped after row {number} ({one_line(error, most=200)}); run the same "
                 "command again to go on from there"
             ) from error
-
-    @property
-    def bytes(self) -> None:
-        """Not known before it is read."""
-        return None
 
 
 def load_hub(name: str, config: str | None, split: str, revision: str) -> Any:

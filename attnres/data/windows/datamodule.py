@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from attnres.data.config import DataConfig
 from attnres.data.corpus.folder import Corpus
@@ -13,6 +13,7 @@ from attnres.data.windows.mixing import mix_of
 from attnres.data.windows.sampler import BatchSampler, Order, accumulation_steps
 from attnres.data.windows.windows import WindowDataset
 from attnres.errors import ConfigError
+from attnres.processes.signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,6 @@ class TextDataModule(LightningDataModule):
     target), `sample_ids [B]` and, with `isolate_documents`, `position_ids [B, T]`; all int64.
 
     Args:
-        corpus: Prepared corpus.
-        config: The configuration it was prepared with.
         micro_batch_size: Windows in one forward pass of one rank.
         global_batch_size: Windows in one optimizer step, over all ranks and accumulated micro-batches.
         num_workers: Processes that read ahead, per rank; 0 reads in the training process.
@@ -86,7 +85,7 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        return DataLoader(self.train_windows, batch_sampler=sampler, num_workers=self._num_workers)
+        return self._loader(self.train_windows, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's share of the validation windows, in order; of a mixture, mixed like the training windows.
@@ -101,7 +100,12 @@ class TextDataModule(LightningDataModule):
         if left_over := len(ids) % world_size:
             logger.info("validation leaves out %d of %d windows: ranks take equal shares", left_over, len(ids))
         mine = Subset(self.validation_set, ids[rank : len(ids) - left_over : world_size])
-        return DataLoader(mine, batch_size=self._micro_batch_size, num_workers=self._num_workers)
+        return self._loader(mine, batch_size=self._micro_batch_size)
+
+    def _loader(self, windows: Dataset[dict[str, Any]], **batches: Any) -> DataLoader[dict[str, Any]]:
+        # A scheduler and Ctrl-C signal the whole process group; a worker that dies takes the training process with it
+        # before that has saved. Workers end when the training process does.
+        return DataLoader(windows, num_workers=self._num_workers, worker_init_fn=ignore_stop_signals, **batches)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         """Among data-parallel ranks, which under tensor parallelism are fewer than the processes."""

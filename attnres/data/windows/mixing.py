@@ -126,7 +126,6 @@ class Mixture(Corpus):
     """Several corpora of one tokenizer as one: documents and ids of the first, then of the second, and so on.
 
     Attributes:
-        corpora: Its members.
         weights: Share of the training windows that each gives, up to a common factor.
     """
 

@@ -17,8 +17,6 @@ class Piece:
     Attributes:
         sample: Place of the window in the global batch.
         window: The window's id, its `sample_ids`.
-        document: Document id.
-        name: Of the document.
         at: Where in the window's inputs the piece begins.
         tokens: Its length.
         offset: Of its first token in the document.
@@ -37,10 +35,7 @@ def documents_in_step(corpus: Corpus, config: DataConfig, step: int, global_batc
     """Which documents an optimizer step saw: document ids by window id (`sample_ids`), in the step's order.
 
     Args:
-        corpus: Prepared corpus; `corpus.names` tells what each document is.
-        config: The run's data configuration.
         step: Optimizer step, counting from 0.
-        global_batch_size: Windows in one optimizer step.
     """
     length = config.sequence_length
     windows = WindowDataset(corpus, "train", length)

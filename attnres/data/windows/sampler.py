@@ -64,11 +64,7 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
     Raises:
         ConfigError: The sizes do not divide.
     """
-    sizes = {
-        "global_batch_size": global_batch_size,
-        "micro_batch_size": micro_batch_size,
-        "world size": world_size,
-    }
+    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "world size": world_size}
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name}: expected at least 1, got {size}")
@@ -87,12 +83,9 @@ class BatchSampler(Sampler[list[int]]):
     batches since the run began, and would end a resumed run early otherwise.
 
     Args:
-        order: Of the windows.
-        micro_batch_size: Windows in one forward pass of one rank.
         max_steps: Optimizer steps of the whole run.
         start_step: Optimizer steps already made.
         rank: This process' place among the data-parallel ranks.
-        world_size: Number of data-parallel ranks.
 
     Raises:
         ConfigError: The sizes do not divide, or a step or rank is out of range.

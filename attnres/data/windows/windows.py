@@ -26,10 +26,7 @@ class WindowDataset(Dataset[dict[str, Any]]):
     its input.
 
     Args:
-        corpus: Prepared corpus.
-        split: Split to read.
         length: T, tokens in one window.
-        isolate_documents: Keep documents in one window apart.
     """
 
     def __init__(self, corpus: Corpus, split: str, length: int, isolate_documents: bool = False) -> None:
@@ -115,22 +112,13 @@ def probe_windows(
     order, so a smaller probe is the beginning of a larger one.
 
     Args:
-        corpus: Prepared corpus.
-        split: Split to draw from.
         length: Tokens in one window; its document needs `length + 1`, the end-of-text id included.
-        max_documents: Most documents.
-        windows_per_document: Most windows of one document.
-        seed: Decides order and offsets.
 
     Raises:
         ConfigError: A number is not positive, or the split is not one.
         DataError: No document of the split is long enough.
     """
-    numbers = {
-        "length": length,
-        "max_documents": max_documents,
-        "windows_per_document": windows_per_document,
-    }
+    numbers = {"length": length, "max_documents": max_documents, "windows_per_document": windows_per_document}
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ConfigError(f"{name}: expected at least 1, got {number}")

@@ -1,7 +1,4 @@
-"""Figures that set the cells of one model against each other: mass against effect, and ranks.
-
-Pure functions from a table to a `Figure`, as in `figures`. Effects are in nats/token.
-"""
+"""Figures that set the cells of one model against each other: mass against effect, and ranks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,8 +31,6 @@ def mass_effect_scatter(cells: pd.DataFrame, title: str, margin: float) -> Figur
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv; ineligible ones are left out.
-        title: name of the model.
-        margin: equivalence margin in nats/token, drawn as a band.
     """
     intervals = ("mass_lo", "mass_hi", "dnll_lo", "dnll_hi")
     plotting.need(
@@ -99,7 +94,6 @@ def rank_slopegraph(cells: pd.DataFrame, title: str) -> Figure:
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv.
-        title: name of the model.
     """
     plotting.need(cells, ("family", "sublayer", "band", "eligible", "dnll", "verdict", *MEASURES), "slopegraph")
     measures = [*MEASURES, "dnll"]

@@ -1,8 +1,4 @@
-"""Figures over more than one intervention: dose-response curves, the ladder of whole-read interventions, and
-the path of effects along training.
-
-Pure functions from a table to a `Figure`, as in `figures`. Effects are in nats/token.
-"""
+"""Figures over several interventions or steps: dose-response curves, whole-read ladders, effects along training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,8 +26,6 @@ def dose_response(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     Args:
         cells: rows of one model, as in cells.csv: those of `scale:x`, and of `mask` as x = 0. The clean run, x = 1,
             is zero by definition and is drawn as a cross.
-        title: name of the model.
-        margin: equivalence margin in nats/token, drawn as a band.
     """
     plotting.need(cells, ("intervention", *_EFFECT), "dose-response curves")
     table = cells.assign(dose=[plotting.dose(v) for v in cells["intervention"]]).dropna(subset=["dose", "dnll"])
@@ -60,8 +54,6 @@ def trajectory(cells: pd.DataFrame, title: str, margin: float) -> Figure:
 
     Args:
         cells: rows of cells.csv of the trained model at several steps of one training, with their `step`.
-        title: name of the training.
-        margin: equivalence margin in nats/token, drawn as a band.
     """
     plotting.need(cells, ("step", *_EFFECT), "trajectory")
     table = cells[cells["eligible"].astype(bool)].dropna(subset=["step", "dnll"])
@@ -130,10 +122,9 @@ def _line(axis: Axes, rows: pd.DataFrame, look: tuple[str, str]) -> None:
 
 
 def rungs(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of whole-read interventions, with their `rung`; a rung's parameters count as one more rung."""
+    """The rows of whole-read interventions, each of which is a rung."""
     kinds = cells["intervention"].str.split(":").str[0]
-    whole = cells[(cells["family"] == WHOLE_READ) | kinds.isin(("mean", "resample"))]
-    return whole.assign(rung=whole["intervention"])
+    return cells[(cells["family"] == WHOLE_READ) | kinds.isin(("mean", "resample"))]
 
 
 @plotting.styled
@@ -142,13 +133,11 @@ def read_ladder(cells: pd.DataFrame, title: str, margin: float) -> Figure:
 
     Args:
         cells: rows of one model, as in cells.csv, of whole-read interventions; others are left out.
-        title: name of the model.
-        margin: equivalence margin in nats/token, drawn as a band.
     """
     plotting.need(cells, ("intervention", *_EFFECT), "ladder")
     table = rungs(cells)
     table = table[table["eligible"].astype(bool)].dropna(subset=["dnll"])
-    order = sorted(dict.fromkeys(table["rung"]), key=_rung)
+    order = sorted(dict.fromkeys(table["intervention"]), key=_rung)
     sublayers = plotting.ordered(table["sublayer"], SUBLAYERS) or ["attn"]
     figure = Figure(figsize=(1.0 + 3.3 * len(sublayers), 3.4), layout="constrained")
     axes = figure.subplots(1, len(sublayers), sharey=True, squeeze=False)[0]
@@ -158,9 +147,9 @@ def read_ladder(cells: pd.DataFrame, title: str, margin: float) -> Figure:
         plotting.effect_axis(axis, "y", [*table["dnll_lo"], *table["dnll_hi"], *table["dnll"]], margin)
         axis.set_title(plotting.label(words.sublayer_name(sublayer), 16), fontsize=8.5, fontweight="bold")
         for k, place in enumerate(places):
-            rows = table[(table["sublayer"] == sublayer) & (table["band"] == place)].drop_duplicates("rung")
+            rows = table[(table["sublayer"] == sublayer) & (table["band"] == place)].drop_duplicates("intervention")
             shift = 0.06 * (k - (len(places) - 1) / 2)
-            rows = rows.assign(x=[1 + order.index(r) + shift for r in rows["rung"]]).sort_values("x")
+            rows = rows.assign(x=[1 + order.index(r) + shift for r in rows["intervention"]]).sort_values("x")
             if len(rows):
                 look = plotting.series_look(k)
                 axis.plot([0, rows["x"].iloc[0]], [0, rows["dnll"].iloc[0]], color=look[0], linewidth=1)
@@ -177,6 +166,6 @@ def read_ladder(cells: pd.DataFrame, title: str, margin: float) -> Figure:
     return figure
 
 
-def _rung(name: str, known: Sequence[str] = RUNGS) -> tuple[int, str]:
+def _rung(name: str) -> tuple[int, str]:
     kind = name.split(":")[0]
-    return known.index(kind) if kind in known else len(known), name
+    return RUNGS.index(kind) if kind in RUNGS else len(RUNGS), name

@@ -1,7 +1,4 @@
-"""Maps of effects: family x band x sublayer of one model, and the same layer by layer.
-
-Pure functions from a table to a `Figure`, as in `figures`. Effects are in nats/token.
-"""
+"""Maps of effects: family x band x sublayer of one model, and the same layer by layer."""
 
 import textwrap
 from collections.abc import Mapping
@@ -31,9 +28,8 @@ def effect_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> 
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv; a handful of places, see `place_map`.
-        title: name of the model.
         limit: end of the colour scale in nats/token; give every model the same.
-        margin: equivalence margin in nats/token; the colour scale is linear inside it.
+        margin: the colour scale is linear inside it.
     """
     plotting.need(cells, _COLUMNS, "effect map")
     families = plotting.ordered(cells["family"], plotting.DRAWN_FAMILIES)
@@ -108,9 +104,7 @@ def place_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> F
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv, whose `band` names layers, blocks or reads.
-        title: name of the model.
         limit: end of the colour scale in nats/token; give every model the same.
-        margin: equivalence margin in nats/token.
     """
     plotting.need(cells, _COLUMNS, "map along the depth")
     families = plotting.ordered(cells["family"], plotting.DRAWN_FAMILIES)

@@ -1,12 +1,8 @@
-"""Forest plots over the equivalence band: models, baselines, interventions or runs side by side in each cell.
-
-Pure functions from a table to a `Figure`, as in `figures`. Effects are in nats/token.
-"""
+"""Forest plots over the equivalence band: models, baselines, interventions or runs side by side in each cell."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +26,6 @@ def effect_forest(cells: pd.DataFrame, models: Sequence[str], margin: float, by:
     Args:
         cells: rows of cells.csv, one per cell and value of `by`.
         models: order of the models; others follow.
-        margin: equivalence margin in nats/token.
         by: the column whose values stand side by side: `model` or `intervention`.
     """
     plotting.need(cells, (by, *_CELL, "eligible", *_EFFECT, "verdict"), "forest plot")
@@ -47,7 +42,6 @@ def contrast_forest(
     Args:
         contrasts: rows of contrasts.csv of one intervention.
         models: order of all models, so that a baseline looks the same here as in `effect_forest`.
-        margin: equivalence margin in nats/token.
         names: what is subtracted from what.
     """
     plotting.need(contrasts, ("baseline", *_CELL, *_DIFFERENCE, "verdict"), "forest plot of contrasts")
@@ -105,13 +99,10 @@ def _rows(table: pd.DataFrame) -> tuple[list[tuple[str, str, str]], int]:
     ]
     if len(keys) <= MOST_ROWS:
         return keys, len(keys)
-    size = table[table["eligible"].astype(bool)].groupby(["sublayer", "band", "family"])["mid"].agg(_largest)
+    size = table[table["eligible"].astype(bool)].groupby(["sublayer", "band", "family"])["mid"]
+    size = size.agg(lambda values: values.abs().max()).fillna(0.0)
     kept = set(size.sort_values(ascending=False, kind="stable").index[:MOST_ROWS])
     return [k for k in keys if k in kept], len(keys)
-
-
-def _largest(values: pd.Series) -> float:
-    return float(np.nanmax(np.abs(values.to_numpy(float)))) if values.notna().any() else 0.0
 
 
 def _say_excluded(axis: Axes, row: float, names: list[str], count: int) -> None:

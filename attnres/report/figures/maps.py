@@ -1,9 +1,4 @@
-"""Figures of routing: where each read looks, and a baseline's weights on their analytic line.
-
-Like every figure of the report, each function is pure: a data frame in the shape that the probe writes in, a
-matplotlib `Figure` out, nothing else touched. No model, no pyplot state, no clock. `plotting.to_svg` turns a figure
-into the same text every time.
-"""
+"""Figures of routing: where each read looks, and a baseline's weights on their analytic line."""
 
 from typing import Any
 
@@ -28,7 +23,6 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
 
     Args:
         routing: rows of one model: read, layer, sublayer, source, num_sources, weight, role.
-        title: name of the model.
     """
     plotting.need(routing, ("layer", "sublayer", "source", "num_sources", "weight", "role"), "routing heatmap")
     past = routing[routing["role"] != "current"]
@@ -57,17 +51,8 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
             newest = np.full((len(edges) - 1, 1), np.nan)
             grid[at[~current], chosen["source"].to_numpy(int)[~current]] = weights[~current]
             newest[at[current], 0] = weights[current]
-            style: dict[str, Any] = {
-                "vmin": 0,
-                "vmax": 1,
-                "cmap": "viridis",
-                "edgecolors": "white",
-                "linewidth": 0.3,
-            }
-            for x_edges, values in (
-                (np.arange(columns + 1.0), grid),
-                (columns + np.array([0.4, 1.4]), newest),
-            ):
+            style: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "viridis", "edgecolors": "white", "linewidth": 0.3}
+            for x_edges, values in ((np.arange(columns + 1.0), grid), (columns + np.array([0.4, 1.4]), newest)):
                 mesh = axis.pcolormesh(x_edges, edges, np.ma.masked_invalid(values), **style)
             for row, column in zip(at, chosen["source"].to_numpy(int), strict=True):
                 if (chosen["num_sources"].to_numpy(int)[at == row] == 1).all():
@@ -107,14 +92,12 @@ def routing_heatmap(routing: pd.DataFrame, title: str) -> Figure:
 
 
 @plotting.styled
-def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Figure:
+def analytic_lines(routing: pd.DataFrame, title: str) -> Figure:
     """A baseline's measured weights on the line that its schedule predicts, and how far off each read is.
 
     Args:
         routing: rows of one model: read, num_sources, source, weight, analytic (rows without one,
             and reads of a single source, are left out).
-        title: name of the model.
-        limit: the largest deviation that the checks allow, drawn as a dashed line.
     """
     plotting.need(routing, ("read", "source", "num_sources", "weight", "analytic"), "plot against the analytic line")
     table = routing[routing["analytic"].notna() & (routing["num_sources"] > 1)].sort_values(["num_sources", "source"])
@@ -154,6 +137,8 @@ def analytic_lines(routing: pd.DataFrame, title: str, limit: float = 1e-6) -> Fi
     off = (table["weight"] - table["analytic"]).abs().groupby(table["read"]).max().clip(lower=floor)
     bottom.vlines(off.index, floor, off.to_numpy(), color=blue[0], linewidth=0.8)
     bottom.plot(off.index, off.to_numpy(), "o", color=blue[0], markersize=3)
+    # The largest deviation that the checks allow.
+    limit = 1e-6
     bottom.axhline(limit, color=orange[0], linewidth=0.9, linestyle="--")
     bottom.annotate(
         f"limit {words.plain(limit)}",

@@ -181,9 +181,6 @@ def legend_marks(names: Iterable[str], looks: Iterable[tuple[str, str]], size: f
     """What a legend says of each name: its colour and marker, hollow.
 
     Args:
-        names: as they are to be shown.
-        looks: colour and marker of each.
-        size: of the marker.
         style: of the line, where it is not solid.
     """
     return [

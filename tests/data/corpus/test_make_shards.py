@@ -74,6 +74,12 @@ def stream_of(*paths: Path) -> FileStream:
     return FileStream(DataConfig(source="files", paths=tuple(map(str, paths))))
 
 
+def words_of(corpus, out: Path, more: str) -> str:
+    """The command's words for the fractions of `CONFIG` and the tokenizer of a corpus."""
+    fractions = "--validation 0.15 --probe-pilot 0.08 --probe-confirm 0.2"
+    return f"--tokenizer {corpus.path} {fractions} --out {out} {more}"
+
+
 def contents(folder: Path) -> dict[str, str]:
     files = json.loads((folder / "manifest.json").read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items()}
@@ -146,21 +152,23 @@ class Killed(BaseException):
     """Ends the work as suddenly as a signal."""
 
 
-@pytest.mark.parametrize(
-    ("where", "call"),
-    [("group_near_duplicates", 1), ("write_table", 1), ("scatter", 1), ("count_groups", 1), ("write_text", 1)],
-)
-def test_make_shards_goes_on_from_every_stage(make, shards, tmp_path, monkeypatch, where, call):
-    calls, real = [], getattr(builder, where)
+def kill_in(monkeypatch, owner, name: str, call: int, after: bool = False) -> None:
+    """Ends the work in front of the `call`-th call of `owner.name`, or after it."""
+    calls, real = [], getattr(owner, name)
 
-    def killed_after(*arguments, **options):
-        result = real(*arguments, **options)
+    def killed(*arguments, **options):
         calls.append(1)
+        result = real(*arguments, **options) if after or len(calls) != call else None
         if len(calls) == call:
             raise Killed
         return result
 
-    monkeypatch.setattr(builder, where, killed_after)
+    monkeypatch.setattr(owner, name, killed)
+
+
+@pytest.mark.parametrize("where", ["group_near_duplicates", "write_table", "scatter", "count_groups", "write_text"])
+def test_make_shards_goes_on_from_every_stage(make, shards, tmp_path, monkeypatch, where):
+    kill_in(monkeypatch, builder, where, call=1, after=True)
     with pytest.raises(Killed):
         make(tmp_path / "out")
     monkeypatch.undo()
@@ -182,15 +190,8 @@ def test_make_shards_goes_on_at_a_gap_left_by_a_slower_process(make, shards, tmp
 
 @pytest.mark.parametrize("sync", range(1, 5))
 def test_scatter_goes_on_from_its_last_synced_place(make, shards, source, tmp_path, monkeypatch, sync):
-    calls, write = [], scatter.write_text
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == sync:
-            raise Killed
-        write(*arguments)
-
-    monkeypatch.setattr(scatter, "write_text", killed)
+    write = scatter.write_text
+    kill_in(monkeypatch, scatter, "write_text", call=sync)
     with pytest.raises(Killed):
         make(tmp_path / "out")
     left = len(list((tmp_path / "out.building" / "chunks").iterdir()))
@@ -243,15 +244,7 @@ def test_make_shards_stops_before_max_bytes_also_when_resumed(make, documents, t
     limit = dataclasses.replace(CONFIG, max_bytes=sum(len(text.encode()) for text in documents[:90]) + 3)
     whole = make(tmp_path / "whole", config=limit)
     assert len(open_corpus(whole).names) == len([text for text in documents[:90] if text.strip()])
-    calls = []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return None
-
-    monkeypatch.setattr(workers.Progress, "add", lambda self, metas: (list(metas), killed()))
+    kill_in(monkeypatch, workers.Progress, "add", call=4, after=True)
     with pytest.raises(Killed):
         make(tmp_path / "out", config=limit)
     monkeypatch.undo()
@@ -293,8 +286,8 @@ def test_make_shards_refuses_what_is_in_the_way(make, shards, source, tmp_path, 
 
 
 def test_make_shards_command_ends_with_a_path_or_one_line_and_its_code(shards, source, corpus, tmp_path, capfd):
-    words = f"--paths {source} --tokenizer {corpus.path} --validation 0.15 --probe-pilot 0.08 --probe-confirm 0.2 "
-    words += f"--workers 1 --shard-tokens 4000 --max-document-bytes 100000 --out {tmp_path / 'out'}"
+    limits = "--shard-tokens 4000 --max-document-bytes 100000"
+    words = words_of(corpus, tmp_path / "out", f"--paths {source} --workers 1 {limits}")
     assert command.main(words.split()) == 0
     assert capfd.readouterr().out.strip() == str(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(shards)
@@ -343,9 +336,7 @@ def test_make_shards_command_refuses_a_deeply_nested_file_in_one_line(
     source, corpus, tmp_path, monkeypatch, capfd, damage, source_words, message
 ):
     out = tmp_path / "out"
-    words = (
-        f"--tokenizer {corpus.path} --validation 0.15 --probe-pilot 0.08 --probe-confirm 0.2 --workers 1 --out {out}"
-    )
+    words = words_of(corpus, out, "--workers 1")
     ordinary = f"{words} --paths {source}".split()
     monkeypatch.setattr(builder, "group_near_duplicates", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command.main(ordinary) == 75
@@ -369,8 +360,8 @@ def test_make_shards_command_shows_no_control_characters_of_a_path(corpus, tmp_p
 
 def test_make_shards_command_ends_at_once_on_sigterm_and_goes_on(source, corpus, shards, tmp_path):
     """The whole process group is signalled, as a scheduler does it; workers end with their parent."""
-    words = f"--paths {source} --tokenizer {corpus.path} --validation 0.15 --probe-pilot 0.08 --probe-confirm 0.2 "
-    words += f"--workers 2 --shard-tokens 4000 --max-document-bytes 100000 --out {tmp_path / 'out'}"
+    limits = "--shard-tokens 4000 --max-document-bytes 100000"
+    words = words_of(corpus, tmp_path / "out", f"--paths {source} --workers 2 {limits}")
     context = multiprocessing.get_context("fork")
 
     def slowly(*arguments):
@@ -428,8 +419,7 @@ def test_make_shards_from_a_hub_pins_the_revision_that_it_began_with(
     monkeypatch.setattr(command, "resolve_revision", lambda name, revision: commits.pop(0))
     group = builder.group_near_duplicates
     monkeypatch.setattr(builder, "group_near_duplicates", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    words = f"--tokenizer {corpus.path} --validation 0.15 --probe-pilot 0.08 --probe-confirm 0.2 --workers 1"
-    words = [*words.split(), "--shard-tokens", "4000", "--out", str(tmp_path / "out")]
+    words = words_of(corpus, tmp_path / "out", "--workers 1 --shard-tokens 4000").split()
     assert command.main(words) == 75
     assert "the same command resumes" in capfd.readouterr().err
     monkeypatch.setattr(builder, "group_near_duplicates", group)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from attnres.data import SPLITS, open_corpus
+from attnres.data import open_corpus
 from attnres.data.corpus import verification
 from attnres.data.corpus.manifest import manifest_sha256
 from attnres.data.corpus.shards import BLOCK_BYTES, Digest, digest
@@ -141,11 +141,3 @@ def test_open_corpus_refuses_splits_that_leak(copy, change, message):
     with pytest.raises(DataError, match=message) as error:
         open_corpus(copy)
     assert error.value.code == 3
-
-
-def test_training_windows_hold_tokens_of_training_documents_only(corpus):
-    """The rule that the start-up check relies on, token by token."""
-    for split in SPLITS:
-        documents = corpus.documents(split)
-        joined = np.concatenate([corpus.document_tokens(document) for document in documents])
-        assert np.array_equal(joined, corpus.tokens(split)[:])

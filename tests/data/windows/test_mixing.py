@@ -8,16 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnres.data import (
-    SPLITS,
-    BatchSampler,
-    DataConfig,
-    Order,
-    TextDataModule,
-    WindowDataset,
-    documents_in_step,
-    prepare,
-)
+from attnres.data import SPLITS, DataConfig, TextDataModule, WindowDataset, documents_in_step, prepare
 from attnres.data.windows.mixing import ROUND, Mix, Mixture, quotas
 from attnres.errors import ConfigError, DataError
 
@@ -78,22 +69,6 @@ def test_mix_ids_are_pinned_and_are_not_in_blocks():
     assert mix.ids(range(4094, 4102), 3).tolist() == [44, 49, 12, 0, 43, 20, 46, 34]
     owner = mix.ids(range(400), 0) >= 30
     assert 60 < owner.sum() < 140 and np.abs(np.diff(owner.astype(int))).sum() > 30
-
-
-@given(micro=st.integers(1, 3), accumulation=st.integers(1, 3), world=st.integers(1, 3), start=st.integers(0, 4))
-@settings(deadline=None)
-def test_batch_sampler_of_a_mixture_is_the_same_for_any_ranks_and_micro_batches(micro, accumulation, world, start):
-    mix = Mix((0, 25), (25, 16), quotas([2, 1]))
-    size = micro * accumulation * world
-    order = Order(41, size, 5, mix)
-    ranks = [
-        list(BatchSampler(order, micro, max_steps=6, start_step=start, rank=rank, world_size=world))
-        for rank in range(world)
-    ]
-    for step in range(start, 6):
-        here = slice((step - start) * accumulation, (step - start + 1) * accumulation)
-        seen = [window for batches in ranks for ids in batches[here] for window in ids]
-        assert sorted(seen) == sorted(mix.ids(range(step * size, (step + 1) * size), 5).tolist())
 
 
 def test_quotas_follow_the_weights_and_refuse_what_is_never_drawn():

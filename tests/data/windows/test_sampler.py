@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnres.data import BatchSampler, Order, accumulation_steps
+from attnres.data.windows.mixing import Mix, quotas
 from attnres.errors import ConfigError, DataError
 
 
@@ -30,9 +31,10 @@ def test_order_depends_on_seed_and_epoch_and_is_pinned():
     world=st.integers(1, 4),
     start=st.integers(0, 5),
     seed=st.integers(0, 9),
+    mix=st.sampled_from([None, Mix((0, 25), (25, 16), quotas([2, 1]))]),
 )
-def test_batch_sampler_ranks_share_exactly_the_global_batch(micro, accumulation, world, start, seed):
-    order = Order(41, micro * accumulation * world, seed)
+def test_batch_sampler_ranks_share_exactly_the_global_batch(micro, accumulation, world, start, seed, mix):
+    order = Order(41, micro * accumulation * world, seed, mix)
     ranks = [
         list(BatchSampler(order, micro, max_steps=7, start_step=start, rank=rank, world_size=world))
         for rank in range(world)

@@ -1,24 +1,11 @@
-"""text/ -> corpus/ -> windows/, and a configuration that loads no model library."""
+"""The public names of the room, and a configuration that loads no model library."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import attnres.data
-
-ROOM = Path(attnres.data.__file__).parent
-MAY_IMPORT = {"text": {"config", "text"}, "corpus": {"config", "text", "corpus"}}
-MAY_IMPORT["windows"] = MAY_IMPORT["corpus"] | {"windows"}
-
-
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_rooms_of_data_import_along_the_arrows(room):
-    for path in (ROOM / room).glob("*.py"):
-        imported = set(re.findall(r"attnres\.data\.(\w+)", path.read_text()))
-        assert imported <= MAY_IMPORT[room], path
 
 
 def test_data_config_loads_neither_torch_nor_lightning():
