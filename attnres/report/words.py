@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from attnres.config import agreeing
+from attnres.interventions.config import GridConfig
 from attnres.report.tables import DISCOVERY, Tables
 from attnres.tables import columns
 from attnres.tables.names import ContrastVerdict, Measure, MotifVerdict, Verdict
@@ -20,11 +22,8 @@ MEASURE_NAMES = {
     Measure.NORM_SHARE: "norm-aware share",
     Measure.DISPLACEMENT: "displacement",
 }
-# Keys of a probe that say which cells and models it measures, and how fast.
-_WHICH_CELLS = (
-    *("families", "sublayers", "bands", "interventions", "controls", "places", "cells", "grid_cells"),
-    *("schedules", "nulls", "batch_size", "cells_per_pass"),
-)
+# Keys of a probe that say how many cells are corrected together, and which models stand beside the trained one.
+_BESIDE = ("grid_cells", "schedules", "nulls")
 _DECIDED: dict[str, str] = {
     ContrastVerdict.TRAINED_LARGER: "larger than in",
     ContrastVerdict.BASELINE_LARGER: "smaller than in",
@@ -209,7 +208,9 @@ def _rows(value: Any) -> list[Mapping[str, Any]]:
 
 def _decisive(differs: Any) -> dict[str, Any]:
     """Of the keys in which two probes differ, those that can turn a verdict on one cell."""
-    return {k: v for k, v in differs.items() if k not in _WHICH_CELLS} if isinstance(differs, Mapping) else {}
+    if not isinstance(differs, Mapping):
+        return {}
+    return {key: value for key, value in agreeing(GridConfig, differs).items() if key not in _BESIDE}
 
 
 def number(value: float) -> str:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from attnres.errors import ConfigError
+from attnres.files.whole_files import MOST_DEPTH
 from attnres.probe.preregistration import write_preregistration
 
 
@@ -35,6 +36,6 @@ def test_preregistration_without_a_format_is_of_the_first_and_another_is_refused
 
 def test_preregistration_that_cannot_be_read_is_written_anew(tmp_path, caplog):
     path = tmp_path / "preregistration.json"
-    path.write_text(200_000 * "[")
+    path.write_text((MOST_DEPTH + 1) * "[")
     assert write_preregistration(path, {"written": "now", "cells": ["a"]})["written"] == "now"
     assert "cannot be read" in caplog.text and json.loads(path.read_text())["cells"] == ["a"]

@@ -23,6 +23,7 @@ from attnres.data.corpus import builder, chunks, make_shards, scatter, workers
 from attnres.data.text import streams
 from attnres.data.text.streams import FileStream
 from attnres.errors import ConfigError, DataError, Stopped
+from attnres.files.whole_files import MOST_DEPTH
 
 CONFIG = make_shards.ShardsConfig(
     validation=0.15, probe_pilot=0.08, probe_confirm=0.2, shard_tokens=4000, max_document_bytes=100_000
@@ -304,7 +305,7 @@ def test_make_shards_command_ends_with_a_path_or_one_line_and_its_code(shards, s
         prepare(DataConfig(source="prepared", paths=(str(tmp_path / "out"),), sequence_length=16))
 
 
-DEEP = "[" * 100_000
+DEEP = "[" * (MOST_DEPTH + 1)
 
 
 def deep_revision(out: Path) -> None:
