@@ -53,8 +53,9 @@ def parsed_command(
         parser: exits with 2 by itself where the words are wrong.
         arguments: None takes those of the process.
     """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
-    return run_command(lambda: run(given))
+    return run_command(lambda: run(given), given.debug)
 
 
 def report_error(error: AttnResError) -> int:
@@ -72,6 +73,5 @@ def _of_this_project(error: Exception) -> AttnResError:
     if isinstance(error, OSError):
         where = error.filename or "file"
         return StorageError(f"{where}: {error.strerror or error}; check space and permissions")
-    return AttnResError(
-        f"unexpected {type(error).__name__}: {error}; run again with debug=true for the traceback, and report it"
-    )
+    again = "run again with debug=true (or --debug) for the traceback, and report it"
+    return AttnResError(f"unexpected {type(error).__name__}: {error}; {again}")

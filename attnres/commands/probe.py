@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from attnres import faults
 from attnres.commands.hydra_door import Plain, configured_command
 from attnres.config import build, to_plain
 from attnres.files.provenance import command_line
+from attnres.files.run_folder import refuse_unsafe_loading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +84,7 @@ def probe(config: "ProbeConfig", command: str) -> Result | None:
     from attnres.report.report import write_report
     from attnres.tables.names import Model
 
+    refuse_unsafe_loading()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with launched(config.devices, config.device) as ranks:
@@ -97,8 +100,7 @@ def probe(config: "ProbeConfig", command: str) -> Result | None:
             cells = config.statistics.grid_cells or grid.whole
             statistics = dataclasses.replace(config.statistics, grid_cells=cells)
             fixed = Fixed(config.probe, to_plain(statistics), subjects, grid, checks, command)
-            if ranks.rank == 0:
-                register(folder, fixed)
+            ranks.first(partial(register, folder, fixed))
             faults.point("probe.registered")
             with executing(folder, fixed, ranks) as execution:
                 estimated = (Model.TRAINED,) if config.probe.attribution else ()

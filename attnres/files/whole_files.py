@@ -69,19 +69,19 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     """The JSON value in a regular file that may come from anywhere: bounded in size and depth before it is parsed.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is larger than `MOST_BYTES`, nested deeper than `MOST_DEPTH`, or not JSON in UTF-8.
+        ValueError: it is larger than `most_bytes`, nested deeper than `MOST_DEPTH`, or not JSON in UTF-8.
     """
     size = path.stat().st_size
     # Size and type first: a device or a pipe has no end.
     if not path.is_file():
         raise ValueError("not a regular file")
-    if size > MOST_BYTES:
-        raise ValueError(f"{size:,} bytes, at most {MOST_BYTES:,} are read")
+    if size > most_bytes:
+        raise ValueError(f"{size:,} bytes, at most {most_bytes:,} are read")
     raw = path.read_bytes()
     depth = 0
     for token in _NESTING.finditer(raw):
@@ -93,9 +93,9 @@ def read_json(path: Path) -> Any:
     return json.loads(raw.decode())
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """The JSON object in a file: `read_json`, and ValueError for anything else than an object."""
-    value = read_json(path)
+    value = read_json(path, most_bytes)
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value
@@ -125,15 +125,21 @@ def locked(path: Path, busy: str, timeout: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def storage_errors(place: Path, remedy: str) -> Iterator[None]:
+def storage_errors(place: Path, remedy: str, every: bool = False) -> Iterator[None]:
     """Names the place where the system refuses to write; other errors of the operating system pass.
 
+    Args:
+        every: whether all of them are refusals, because nothing else is done here than to write; a network's file
+            system has more kinds than `REFUSALS`.
+
     Raises:
-        StorageError: `{place}: {what the system said}; {remedy}`.
+        StorageError: `{place}: {what the system said, and of which file}; {remedy}`.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if not every and error.errno not in REFUSALS:
             raise
-        raise StorageError(f"{place}: {error.strerror or error}; {remedy}") from error
+        elsewhere = error.filename is not None and str(error.filename) != str(place)
+        message = f"{error.strerror or error}{f' ({error.filename})' if elsewhere else ''}"
+        raise StorageError(f"{place}: {message}; {remedy}") from error

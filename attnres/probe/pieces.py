@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # Where a probe's folder keeps them until its tables are written.
 PIECES = "parts"
 # The rooms whose code a piece depends on. How results are judged and worded is not among them.
-MEASURING_ROOMS = ("data/windows", "depth", "interventions", "model", "ops", "probe")
+MEASURING_ROOMS = ("data/windows", "depth", "interventions", "model", "ops", "probe", "tables")
 _NAME = re.compile(r"([a-z_0-9]+)\.([a-z]+)\.(\d+)\.([a-z]+)\.(\d+)\.([0-9a-f]{64})\.parquet")
 STOP = ".stop"
 

@@ -34,14 +34,14 @@ def end_as_lost(gone: list[int], code: int = RankLost.code) -> None:
 
 
 @contextmanager
-def bound_to_launcher() -> Iterator[None]:
+def bound_to_launcher() -> Iterator[int | None]:
     """Makes a rank that Lightning's launcher started end when the launcher ends, neither later nor earlier.
 
     Not later: a launcher that is killed leaves its children running. Not earlier: once a child ends with a code other
     than 0, the launcher kills everything, itself included, which would hide the exit code of a stopped run.
     """
     if not launched_by_lightning():
-        yield
+        yield None
         return
     parent = os.getppid()
     ending = threading.Event()
@@ -58,7 +58,7 @@ def bound_to_launcher() -> Iterator[None]:
 
     threading.Thread(target=watch, daemon=True, name="launcher").start()
     try:
-        yield
+        yield parent
         ending.set()
     except Exception:
         ending.set()

@@ -1,7 +1,7 @@
 """The processes that share one command's work, as many as there are devices, and what they agree on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -65,6 +65,16 @@ class Ranks:
             shared = self._fabric.broadcast(error, src=first)
             assert shared is not None
             raise shared
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Work of the first process alone, which the others wait for; an error in it is raised in all of them."""
+        failure: AttnResError | None = None
+        try:
+            if self.rank == 0:
+                work()
+        except AttnResError as error:
+            failure = error
+        self.agree(failure)
 
 
 @contextmanager

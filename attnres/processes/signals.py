@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 from attnres.errors import Stopped
-from attnres.processes.launcher import launched_by_lightning
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _active: "list[StopSignals]" = []
@@ -26,19 +25,21 @@ class StopSignals:
 
     While `can_save` is False there is nothing to save, and a signal ends the process at once with exit code 75. A
     thread does that: a handler of Python runs only when torch returns, and torch does not return in a rank that waits
-    for another. A second SIGINT interrupts at once. A process that is forked from this one has no handlers, so that a
-    signal ends it.
+    for another. A second SIGINT interrupts at once. A process that is forked from this one has no handlers: a signal
+    ends it, or is ignored there if there is something to save here.
 
     Args:
         promise: the message at a signal while there is something to save.
         nothing_saved: the message at a signal while there is not, behind the signal's name.
         can_save: the value at the start; whoever begins to save sets the attribute.
+        launcher: process id of Lightning's launcher, for a rank that is bound to it (`bound_to_launcher`): instead of
+            ending, such a rank hands the signal on, and ends with the launcher.
     """
 
-    def __init__(self, promise: str, nothing_saved: str, can_save: bool = False) -> None:
+    def __init__(self, promise: str, nothing_saved: str, can_save: bool = False, launcher: int | None = None) -> None:
         self.received: signal.Signals | None = None
         self.can_save = can_save
-        self._promise, self._nothing_saved = promise, nothing_saved
+        self._promise, self._nothing_saved, self._launcher = promise, nothing_saved, launcher
         self._previous: dict[signal.Signals, Any] = {}
         self._previous_descriptor = -1
         self._write = -1
@@ -48,22 +49,32 @@ class StopSignals:
             read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-            self._previous_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._handle)
             threading.Thread(target=self._watch, args=(read,), daemon=True, name="stop-signals").start()
+            # The watch of an outer command goes on until the handlers here are in place: no signal is lost between.
+            if _active:
+                self._take_handlers()
+            self._previous_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            if not _active:
+                self._take_handlers()
             _active.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self in _active:
-            _active.remove(self)
+        if self._write == -1:
+            return
+        _active.remove(self)
+        if _active:
+            signal.set_wakeup_fd(self._previous_descriptor)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._write != -1:
+        if not _active:
             signal.set_wakeup_fd(self._previous_descriptor)
-            os.close(self._write)
-            self._write = -1
+        os.close(self._write)
+        self._write = -1
+
+    def _take_handlers(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
 
     def asked(self) -> bool:
         """Whether a signal has come."""
@@ -81,10 +92,9 @@ class StopSignals:
         while number := os.read(read, 1):
             if number[0] in STOP_SIGNALS and not self.can_save:
                 os.write(2, f"\nerror: {signal.Signals(number[0]).name} {self._nothing_saved}\n".encode())
-                if not launched_by_lightning():
+                if self._launcher is None or os.getppid() != self._launcher:
                     os._exit(Stopped.code)
-                # Its end ends this process too, see `bound_to_launcher`.
-                os.kill(os.getppid(), number[0])
+                os.kill(self._launcher, number[0])
         os.close(read)
 
 
@@ -98,8 +108,10 @@ def _forked() -> None:
     if _active:
         # The pipe is shared with the parent, whose thread would take this process's signals for its own.
         signal.set_wakeup_fd(-1)
+        # A worker that is forked while there is something to save must not die before its parent has saved.
+        disposition = signal.SIG_IGN if any(active.can_save for active in _active) else signal.SIG_DFL
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, disposition)
         _active.clear()
 
 

@@ -125,7 +125,7 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any], model: PreTrained
     if not all(torch.isfinite(tensor).all() for tensor in _tensors(checkpoint.get("optimizer_states"))):
         raise NumericsError(f"{folder.name}: the optimizer's state is not finite; not saved: lower optim.lr")
     remedy = "the checkpoint is not written; free space or fix the folder"
-    with storage_errors(folder, remedy), _published(folder) as temporary:
+    with storage_errors(folder, remedy, every=True), _published(folder) as temporary:
         _check_space(folder.parent, _tensor_bytes(checkpoint) + _tensor_bytes(weights))
         (temporary / MODEL_FOLDER).mkdir(parents=True)
         faults.point("save.tensors")

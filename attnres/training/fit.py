@@ -64,7 +64,7 @@ def train(config: TrainConfig, command: str) -> Path:
     model_config(config.model, vocab_size=1, eos_id=0, sequence_length=config.data.sequence_length)
     config, base = resolve_base(config)
     folder = run_folder(config)
-    with bound_to_launcher(), _only_training_in(folder):
+    with bound_to_launcher() as launcher, _only_training_in(folder):
         finished = completed(folder, config.trainer.max_steps)
         if finished and config.resume != "never":
             log.info("%s: already complete at step %d; nothing to train", folder, finished["step"])
@@ -75,7 +75,7 @@ def train(config: TrainConfig, command: str) -> Path:
         if start.checkpoint is not None:
             check_compatible(config, corpus, start.checkpoint)
         run = Run(config, folder, corpus, start, command)
-        with StopSignals(_PROMISE, _NOTHING_SAVED) as signals, out_of_memory(_SMALLER):
+        with StopSignals(_PROMISE, _NOTHING_SAVED, launcher=launcher) as signals, out_of_memory(_SMALLER):
             end = _fit(run, base, signals)
         if end.stopped:
             name = signals.received.name if signals.received else "a signal on another rank"

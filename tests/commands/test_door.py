@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import ArgumentParser
 
 import pytest
 
 from attnres import errors
-from attnres.commands.door import report_error, run_command
+from attnres.commands.door import parsed_command, report_error, run_command
 from attnres.errors import AttnResError, ConfigError
 
 CLASSES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.AttnResError)]
@@ -136,6 +137,37 @@ time.sleep(0.5)
 print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else -1)
 """)
     assert (*process.communicate(timeout=60), process.returncode) == (f"{int(signal.SIGTERM)}\n", "", 0)
+
+
+def test_a_signal_ends_a_rank_that_is_not_bound_to_its_launcher(monkeypatch):
+    """It must neither go on nor hand the signal to whoever its parent is."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    process = start("print('ready', flush=True)\nwhile True: pass")
+    send_when_ready(process, signal.SIGTERM)
+    assert process.returncode == 75
+
+
+def test_a_process_that_is_forked_while_something_can_be_saved_ignores_the_signal():
+    process = start("""
+from attnres.processes.signals import StopSignals
+with StopSignals("saving", "", can_save=True):
+    child = os.fork()
+    if child == 0:
+        time.sleep(0.5)
+        os._exit(7)
+    time.sleep(0.2)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert (*process.communicate(timeout=60), process.returncode) == ("7\n", "", 0)
+
+
+def test_debug_shows_the_traceback_of_a_parsed_command(capsys):
+    def fails(given):
+        raise ZeroDivisionError("here")
+
+    assert parsed_command(ArgumentParser(), fails, ["--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_command_leaves_the_handlers_as_they_were():

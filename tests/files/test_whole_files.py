@@ -13,7 +13,6 @@ import pytest
 
 from attnres import faults
 from attnres.errors import ConfigError, StorageError
-from attnres.files import whole_files
 from attnres.files.whole_files import (
     MOST_BYTES,
     MOST_DEPTH,
@@ -151,13 +150,12 @@ def test_read_json_refuses_a_large_file_by_its_size_alone(tmp_path, monkeypatch)
         read_json(tmp_path / "a.json")
 
 
-def test_read_json_takes_a_file_of_the_largest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(whole_files, "MOST_BYTES", 4)
+def test_read_json_takes_a_file_of_the_largest_size(tmp_path):
     (tmp_path / "a.json").write_text("[10]")
-    assert read_json(tmp_path / "a.json") == [10]
+    assert read_json(tmp_path / "a.json", most_bytes=4) == [10]
     (tmp_path / "a.json").write_text("[100]")
     with pytest.raises(ValueError, match="5 bytes"):
-        read_json(tmp_path / "a.json")
+        read_json(tmp_path / "a.json", most_bytes=4)
 
 
 def test_read_json_refuses_what_is_no_regular_file(tmp_path):
@@ -214,11 +212,17 @@ def test_locked_says_where_no_lock_can_be_made(tmp_path):
 @pytest.mark.parametrize("number", sorted(REFUSALS), ids=errno.errorcode.get)
 def test_storage_errors_name_the_place(number):
     with (
-        pytest.raises(StorageError, match=f"^runs/a: {os.strerror(number)}; free some space$") as raised,
+        pytest.raises(StorageError, match=rf"^runs/a: {os.strerror(number)} \(elsewhere\); free some space$") as raised,
         storage_errors(Path("runs/a"), "free some space"),
     ):
         raise OSError(number, os.strerror(number), "elsewhere")
     assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_storage_errors_take_every_kind_where_nothing_else_is_done():
+    stale = os.strerror(errno.ESTALE)
+    with pytest.raises(StorageError, match=f"^runs/a: {stale}; r$"), storage_errors(Path("runs/a"), "r", every=True):
+        raise OSError(errno.ESTALE, stale)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,19 @@ def test_ranks_raise_the_error_of_one_in_all() -> None:
     assert two_ranks(shared_work) == [DataError.code] * 2
 
 
+def first_fails() -> None:
+    """Work of the first alone fails while the other waits for it: both end with its error."""
+
+    def work() -> None:
+        raise DataError("of the first")
+
+    Ranks.launch(2, torch.device("cpu")).first(work)
+
+
+def test_ranks_that_wait_for_the_first_end_with_its_error() -> None:
+    assert two_ranks(first_fails) == [DataError.code] * 2
+
+
 def test_ranks_of_one_process_need_no_group() -> None:
     ranks = Ranks.launch(1, torch.device("cpu"))
     assert (ranks.rank, ranks.size, ranks.device) == (0, 1, torch.device("cpu"))

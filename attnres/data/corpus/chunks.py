@@ -288,6 +288,10 @@ def read_meta(path: Path) -> dict[str, Any]:
     return read_own(path / "meta.json", path.parents[1], _META)
 
 
+# A job lists every file that it reads, which may be millions.
+_MOST_OWN_BYTES = 2**31
+
+
 def read_own(path: Path, building: Path, types: dict[str, type]) -> dict[str, Any]:
     """A JSON object that an unfinished corpus keeps for itself.
 
@@ -299,7 +303,7 @@ def read_own(path: Path, building: Path, types: dict[str, type]) -> dict[str, An
         DataError: It is damaged.
     """
     try:
-        plain = read_object(path)
+        plain = read_object(path, _MOST_OWN_BYTES)
     except (OSError, ValueError) as error:
         raise damaged(path, building) from error
     if not all(isinstance(plain.get(key), kind) for key, kind in types.items()):

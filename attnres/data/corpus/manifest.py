@@ -43,6 +43,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is missing or unreadable ({error!r}); {remedy}") from error
     if command := manifest.get("command"):
+        # As it is called today; corpora that were made before the commands had one home name it otherwise.
+        command = str(command).replace("attnres.data.make_shards", "attnres.commands.make_shards")
         remedy = f"delete {folder} and make it again with: {command}"
     if not intact:
         raise DataError(f"{path} was changed after it was written; {remedy}")
