@@ -17,11 +17,10 @@ from attnres.errors import AttnResError, ConfigError, Stopped, StorageError
 from attnres.files.run_folder import LOCK, refuse_links
 from attnres.files.whole_files import locked, storage_errors
 from attnres.probe.pieces import Key, Pieces, pieces_folder
-from attnres.probe.preregistration import Fixed
+from attnres.probe.preregistration import FREE, Fixed
 from attnres.processes.ranks import Ranks
 from attnres.processes.signals import StopSignals
 
-_FREE = "free space or choose another runs_dir"
 _PROMISE = "finishing the current cell, then stopping"
 
 # Split -> the windows that a stage measures, by position.
@@ -154,7 +153,7 @@ def only_probe_in(folder: Path, ranks: Ranks) -> Iterator[None]:
         ConfigError: another probe is at work in it.
         StorageError: it cannot be written.
     """
-    with ExitStack() as stack, storage_errors(folder, _FREE):
+    with ExitStack() as stack, storage_errors(folder, FREE):
         taken: AttnResError | None = None
         if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)

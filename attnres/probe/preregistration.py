@@ -18,7 +18,7 @@ from attnres.depth.families import BANDS, band_layers
 from attnres.errors import ConfigError
 from attnres.files import formats
 from attnres.files.provenance import collect
-from attnres.files.whole_files import read_object, write_json, write_text
+from attnres.files.whole_files import read_object, storage_errors, write_json, write_text
 from attnres.interventions.config import GridConfig
 from attnres.interventions.grid import Grid
 from attnres.probe.checks import Check
@@ -119,12 +119,23 @@ def preregistration(fixed: Fixed) -> dict[str, Any]:
     }
 
 
+# The remedy where a probe's folder cannot be written.
+FREE = "free space or choose another runs_dir"
+
+
 def register(folder: Path, fixed: Fixed) -> dict[str, Any]:
-    """Write what is fixed into a probe's folder, with the earlier probes that lie beside it."""
+    """Write what is fixed into a probe's folder, with the earlier probes that lie beside it.
+
+    Raises:
+        ConfigError: as `write_preregistration`.
+        StorageError: the folder cannot be written.
+    """
     registered = preregistration(fixed)
-    return write_preregistration(
-        folder / PREREGISTRATION, registered | {"earlier_looks": earlier_probes(folder, registered)}
-    )
+    # Here, so that the error reaches the processes that wait for the first one.
+    with storage_errors(folder, FREE):
+        return write_preregistration(
+            folder / PREREGISTRATION, registered | {"earlier_looks": earlier_probes(folder, registered)}
+        )
 
 
 def write_preregistration(path: Path, registered: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """A preregistration that says the same stays; another one amends it and keeps it."""
 
+import errno
 import json
+import os
 
 import pytest
 
-from attnres.errors import ConfigError
+from attnres.errors import ConfigError, StorageError
 from attnres.files.whole_files import MOST_DEPTH
+from attnres.probe import preregistration
 from attnres.probe.preregistration import write_preregistration
 
 
@@ -39,3 +42,13 @@ def test_preregistration_that_cannot_be_read_is_written_anew(tmp_path, caplog):
     path.write_text((MOST_DEPTH + 1) * "[")
     assert write_preregistration(path, {"written": "now", "cells": ["a"]})["written"] == "now"
     assert "cannot be read" in caplog.text and json.loads(path.read_text())["cells"] == ["a"]
+
+
+def test_register_names_a_full_disk_before_other_processes_wait(tmp_path, monkeypatch):
+    def full(path, registered):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(preregistration, "preregistration", lambda fixed: {"cells": [], "hashes": {}})
+    monkeypatch.setattr(preregistration, "write_preregistration", full)
+    with pytest.raises(StorageError, match="No space left on device; free space or choose another runs_dir"):
+        preregistration.register(tmp_path, None)
