@@ -46,7 +46,7 @@ def _rejudge(given: Namespace) -> int:
     if len(given.folders) > 1:
         combine(given.folders, given.out, partial(agreeing, GridConfig))
     else:
-        judge_anew(read_measured(given.folders[0]), given.out)
+        judge_anew(read_measured(given.folders[0], older=True), given.out)
     sys.stdout.write(f"{write_report(given.out)}\n")
     return 0
 

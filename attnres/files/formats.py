@@ -8,10 +8,14 @@ from attnres.errors import AttnResError
 
 # Of the folders that this version writes. A folder that names none is of version 1, the first.
 VERSION = 1
+# Of the tables of a probe. In version 1 the verdict `negligible` was a word that pandas reads as a missing value.
+PROBE_VERSION = 2
 KEY = "format"
 
 
-def check_format(plain: Mapping[str, Any], where: Path, refusal: type[AttnResError], remedy: str) -> None:
+def check_format(
+    plain: Mapping[str, Any], where: Path, refusal: type[AttnResError], remedy: str, version: int = VERSION
+) -> None:
     """Refuses a folder of another version.
 
     Args:
@@ -19,10 +23,11 @@ def check_format(plain: Mapping[str, Any], where: Path, refusal: type[AttnResErr
         where: the folder or file, for the message.
         refusal: the error to raise.
         remedy: names the command that converts it, or what else to do.
+        version: the one that is read.
 
     Raises:
         AttnResError: `refusal`, in one line.
     """
     named = plain.get(KEY, 1)
-    if named != VERSION:
-        raise refusal(f"{where}: format {named!r}, this version reads format {VERSION}; {remedy}")
+    if named != version:
+        raise refusal(f"{where}: format {named!r}, this version reads format {version}; {remedy}")

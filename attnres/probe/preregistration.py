@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # What is tested, and over which family of tests each is corrected.
 TESTS = {
     "cell": "dNLL: two-sided sign flips over documents, and TOST at the margin; KL: one-sided tests at the margin; "
-    "verdicts in the order excluded, null, causal, inconclusive",
+    "verdicts in the order excluded, negligible, causal, inconclusive",
     "cell family": "Holm within a model and an intervention over its cells at bands; Benjamini-Hochberg within a "
     "model, an intervention and a kind of place over maps of layers, blocks or reads",
     "contrast": "trained less baseline on the same windows, dNLL and mass apart; families as for cells, of the cells "

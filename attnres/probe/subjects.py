@@ -19,6 +19,7 @@ from attnres.probe.config import ProbeConfig, config_hash
 from attnres.probe.nulls import NULLS, null_model
 from attnres.probe.text import ProbeText, probe_text
 from attnres.processes.ranks import Ranks
+from attnres.tables.folder import stays_text
 from attnres.tables.roles import TRAINED
 
 _TAKEN = (TRAINED, *SCHEDULES, *NULLS)
@@ -173,6 +174,11 @@ def _locate_controls(config: ProbeConfig, trained: Located) -> dict[str, Located
         if name in _TAKEN or name in controls:
             raise ConfigError(
                 f"controls: the name {name!r} of {path} is taken; give it another, e.g. controls={{{name}_2:{path}}}"
+            )
+        if not stays_text(name):
+            raise ConfigError(
+                f"controls: a reader of the tables takes the name {name!r} for a number or a missing value; give "
+                f"{path} another, e.g. controls={{control_{name}:{path}}}"
             )
         for key in ("tokenizer_sha256", "fingerprint"):
             values = {where.data.get(key) for where in (located, trained)} - {None}

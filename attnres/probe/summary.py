@@ -47,7 +47,7 @@ def summarise(folder: Path, fixed: Fixed, measured: Measured) -> dict[str, Any]:
     trained_at = fixed.subjects.trained.located
     assert trained_at is not None
     return {
-        formats.KEY: formats.VERSION,
+        formats.KEY: formats.PROBE_VERSION,
         "title": f"Does the routing of {trained_at.run} tell the truth?",
         "created": now(),
         "command": fixed.provenance["command"],

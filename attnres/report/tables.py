@@ -115,6 +115,7 @@ def read_tables(folder: Path) -> Tables:
         DataError: a file or a column is missing or cannot be read; the message names it.
     """
     require_folder(folder)
+    summary = _read_summary(folder)  # first: it names the version of the tables
     cells = read_table(folder, columns.CELLS)
     if cells.empty:
         raise DataError(f"{folder / columns.CELLS.name} holds no cell: {AGAIN}")
@@ -125,7 +126,7 @@ def read_tables(folder: Path) -> Tables:
         effects=read_table(folder, columns.EFFECTS, only=("cell", *_WINDOW)),
         mass=read_table(folder, columns.MASS, only=_WINDOW),
         preregistration=redact_values(read_described(folder, PREREGISTRATION)),
-        summary=_read_summary(folder),
+        summary=summary,
     )
 
 

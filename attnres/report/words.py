@@ -64,7 +64,7 @@ def headline(tables: Tables) -> list[str]:
     grid = tables.primary[tables.primary["model"] == trained]
     eligible = grid[grid["eligible"]]
     count = eligible["verdict"].value_counts()
-    outcome = ", ".join(f"{count.get(v, 0)} {v}" for v in (Verdict.CAUSAL, Verdict.NULL, Verdict.INCONCLUSIVE))
+    outcome = ", ".join(f"{count.get(v, 0)} {v}" for v in (Verdict.CAUSAL, Verdict.NEGLIGIBLE, Verdict.INCONCLUSIVE))
     text = f"{trained}: {len(eligible)} of {len(grid)} cells could be tested: {outcome}."
     if eligible["dnll"].notna().any():
         top = eligible.loc[eligible["dnll"].abs().idxmax()].to_dict()
@@ -79,12 +79,12 @@ def headline(tables: Tables) -> list[str]:
             f"{count.get(ContrastVerdict.BASELINE_LARGER, 0)}, equivalent in "
             f"{count.get(ContrastVerdict.EQUIVALENT, 0)}, undecided in {count.get(ContrastVerdict.INCONCLUSIVE, 0)}."
         )
-    idle = eligible[eligible["appreciable"] & (eligible["verdict"] == Verdict.NULL)]
+    idle = eligible[eligible["appreciable"] & (eligible["verdict"] == Verdict.NEGLIGIBLE)]
     names = "; ".join(cell_name(r) for r in idle.to_dict("records"))
     lines.append(
-        f"Appreciable mass without a detectable role (null): {names}."
+        f"Appreciable mass without a detectable role (negligible): {names}."
         if names
-        else "No cell of the trained model carries appreciable mass and is null."
+        else "No cell of the trained model carries appreciable mass and is negligible."
     )
     for row in tables.summary.get("dissociation", []):
         if row.get("model", trained) != trained:

@@ -142,7 +142,7 @@ def _mass_is_not_effect(dissociation: pd.DataFrame, spearman: pd.DataFrame, role
 
 
 def _idle_families(cells: pd.DataFrame, model: str) -> tuple[ClaimVerdict, str]:
-    """Verdict and evidence: a family with appreciable mass somewhere, and null wherever it can be judged."""
+    """Verdict and evidence: a family with appreciable mass somewhere, and negligible wherever it can be judged."""
     judged = cells[(cells["model"] == model) & (cells["verdict"] != Verdict.EXCLUDED)]
     if judged.empty:
         return ClaimVerdict.NOT_TESTED, "no cell could be judged"
@@ -151,11 +151,11 @@ def _idle_families(cells: pd.DataFrame, model: str) -> tuple[ClaimVerdict, str]:
         verdicts = {Verdict(word) for word in rows["verdict"]}
         if not rows["appreciable"].astype(bool).any():
             continue
-        if verdicts == {Verdict.NULL}:
+        if verdicts == {Verdict.NEGLIGIBLE}:
             idle.append(str(family))
         elif Verdict.CAUSAL not in verdicts:
             possible.append(str(family))
-    nulls = judged[(judged["verdict"] == Verdict.NULL) & judged["appreciable"].astype(bool)]
+    nulls = judged[(judged["verdict"] == Verdict.NEGLIGIBLE) & judged["appreciable"].astype(bool)]
     evidence = f"families: {', '.join(idle) or 'none'}; single cells: {', '.join(nulls['cell']) or 'none'}"
     if possible and not idle:
         evidence += f"; undecided: {', '.join(possible)}"

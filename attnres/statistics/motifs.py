@@ -43,8 +43,8 @@ def motif_table(
     Both comparisons are one-sided sign-flip tests by document; p is the larger of the two (an intersection-union
     test), Holm within a model over the sizes of its family in `cells`. Verdicts: "motif" if the cell is causal with a
     positive effect and Holm's p is at most alpha; "uncontrolled" if that is so but no matched control was run, or none
-    is possible (p is then that of the other comparison); "no motif" if the cell is null, or an interval lies wholly
-    below zero, or the effect does; else "inconclusive".
+    is possible (p is then that of the other comparison); "no motif" if the cell is negligible, or an interval lies
+    wholly below zero, or the effect does; else "inconclusive".
 
     Args:
         design: the confirmatory split is read.
@@ -120,7 +120,7 @@ def _compared(
     coordinates = {
         **{name: getattr(row, name) for name in ("model", "cell", *SLICE)},
         "causal": Verdict(row.verdict) == Verdict.CAUSAL and row.dnll > 0,
-        "ruled_out": Verdict(row.verdict) == Verdict.NULL or row.dnll_hi < 0,
+        "ruled_out": Verdict(row.verdict) == Verdict.NEGLIGIBLE or row.dnll_hi < 0,
         "others": len(family) - 1,
         "matched": control,
     }

@@ -13,6 +13,7 @@ import pandas as pd
 
 from attnres.config import build
 from attnres.errors import ConfigError, DataError, StorageError
+from attnres.files import formats
 from attnres.files.provenance import git_state
 from attnres.files.whole_files import whole_file, write_json, write_text
 from attnres.statistics.config import StatisticsConfig
@@ -61,6 +62,7 @@ def judge_anew(measured: Measured, out: Path) -> None:
     """
     judged, _ = recompute(measured)
     summary = dict(measured.summary) | _findings(judged, measured, measured.attribution)
+    summary[formats.KEY] = formats.PROBE_VERSION
     command = f"python -m attnres.commands.rejudge {measured.folder} --out {out}"
     summary["judged_anew"] = {"command": command, "git": git_state()}
     try:

@@ -131,8 +131,8 @@ def detection(draw: Draw, documents: int) -> Outcome:
     return outcomes
 
 
-def null_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "dnll") -> Outcome:
-    """The verdict "null" of a cell whose mean dNLL, or whose mean KL, is exactly the margin."""
+def negligible_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "dnll") -> Outcome:
+    """The verdict "negligible" of a cell whose mean dNLL, or whose mean KL, is exactly the margin."""
 
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
         shape = (documents, replicates)
@@ -144,7 +144,7 @@ def null_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "d
             kl = config.margin * (1 + draw(rng, shape))
         tests = margin_tests(dnll, kl, config.margin)
         never = np.ones(replicates)  # the other tests come later in the order of verdicts
-        return cell_verdicts(tests.tost_p, tests.kl_upper_p, never, never, config.alpha) == Verdict.NULL
+        return cell_verdicts(tests.tost_p, tests.kl_upper_p, never, never, config.alpha) == Verdict.NEGLIGIBLE
 
     return outcomes
 

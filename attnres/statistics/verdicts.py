@@ -1,7 +1,7 @@
 """Which word follows from which p: families of tests, their correction, and the verdicts of every table.
 
-`null`, the verdict of no effect, needs both: dNLL equivalent to zero within the margin, and KL below it. The margin is
-`statistics.margin`, the level `statistics.alpha` (`conf/statistics/default.yaml`). A cell is `excluded` where
+`negligible`, the verdict of no effect, needs both: dNLL equivalent to zero within the margin, and KL below it. The
+margin is `statistics.margin`, the level `statistics.alpha` (`conf/statistics/default.yaml`). A cell is `excluded` where
 `eligibility.csv` says that it cannot be judged: by the depth plan, or for want of what the pilot split has to give.
 """
 
@@ -88,12 +88,12 @@ def cell_verdicts(
 ) -> Words:
     """Verdicts [columns] of eligible cells, in this order.
 
-    "null" if TOST on dNLL and the upper test on KL both pass the margin, even where p is small; "causal" if the
+    "negligible" if TOST on dNLL and the upper test on KL both pass the margin, even where p is small; "causal" if the
     adjusted p of dNLL or of "KL exceeds the margin" is at most alpha; else "inconclusive".
     """
-    null = (np.asarray(tost_p) <= alpha) & (np.asarray(kl_upper_p) <= alpha)
+    negligible = (np.asarray(tost_p) <= alpha) & (np.asarray(kl_upper_p) <= alpha)
     causal = (np.asarray(p_adjusted) <= alpha) | (np.asarray(kl_lower_adjusted) <= alpha)
-    return np.select([null, causal], [Verdict.NULL, Verdict.CAUSAL], Verdict.INCONCLUSIVE)
+    return np.select([negligible, causal], [Verdict.NEGLIGIBLE, Verdict.CAUSAL], Verdict.INCONCLUSIVE)
 
 
 def effect_verdicts(contrasts: pd.DataFrame, alpha: float) -> Words:

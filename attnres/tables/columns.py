@@ -261,7 +261,7 @@ MOTIFS = Table(
         _text("matched", "`run`, `not run`, or why the matched control is excluded"),
         *_interval("matched_diff", NATS, "its effect less that of its matched control", optional=True),
         _p("matched_p", "one-sided sign-flip p of `matched_diff`"),
-        _flag("ruled_out", "whether the cell is null, or an interval lies below zero"),
+        _flag("ruled_out", "whether the cell is negligible, or an interval lies below zero"),
         _p("p", "the larger of the two p"),
         _p("p_holm", "`p` after Holm over the grid"),
         _word("verdict", names.MotifVerdict, "on the cell as a motif"),

@@ -5,6 +5,7 @@ what a judgement needs, and `attnres.report.tables.Tables`, what a report needs.
 """
 
 import hashlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pandas as pd
 from pyarrow import parquet
 
 from attnres.errors import ConfigError, DataError, one_line
-from attnres.files.formats import check_format
+from attnres.files import formats
 from attnres.files.hashes import content_hash
 from attnres.files.whole_files import read_object, whole_file
 from attnres.tables import columns
@@ -22,6 +23,8 @@ from attnres.tables.columns import Column, Table
 
 # The files that are no tables; the viewer's is described in `attnres.tables.viewer`.
 PREREGISTRATION, SUMMARY, VIEWER = "preregistration.json", "summary.json", "viewer.json"
+# Which version of each this code reads; what was registered has not changed since the first.
+_VERSIONS = {PREREGISTRATION: formats.VERSION, SUMMARY: formats.PROBE_VERSION}
 AGAIN = "run the probe again, or name the folder that it wrote"
 # A table compresses: a file of a few bytes may claim any number of rows.
 _MOST_ROWS = 100_000_000
@@ -64,6 +67,12 @@ def write_table(folder: Path, table: Table, frame: pd.DataFrame) -> None:
 def table_text(table: Table, frame: pd.DataFrame) -> str:
     """What `write_table` writes of a table that is text."""
     return _ordered(table, frame).to_csv(index=False)
+
+
+def stays_text(word: str) -> bool:
+    """Whether a reader of CSV at pandas' defaults gets this word back: not a number, a truth or a missing value."""
+    column = pd.read_csv(io.StringIO(pd.DataFrame({"word": [word]}).to_csv(index=False)))["word"]
+    return column.tolist() == [word]
 
 
 def _ordered(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
@@ -145,8 +154,13 @@ def _typed(values: pd.Series, column: Column, path: Path) -> pd.Series:
         raise DataError(f"{path}: column '{column.name}' holds something that is not a number: {AGAIN}") from error
 
 
-def read_described(folder: Path, name: str) -> dict[str, Any]:
+def read_described(folder: Path, name: str, older: bool = False) -> dict[str, Any]:
     """The JSON object of `PREREGISTRATION` or `SUMMARY`.
+
+    Args:
+        folder: of the probe.
+        name: which.
+        older: take a folder of an earlier version too, whose verdicts are not read.
 
     Raises:
         DataError: it is missing or unreadable, larger or deeper than is read, or of another format version.
@@ -158,8 +172,10 @@ def read_described(folder: Path, name: str) -> dict[str, Any]:
         raise DataError(f"{path} is missing: {AGAIN}") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
-    convert = f"python -m attnres.commands.rejudge {folder} --out OUT"
-    check_format(plain, path, DataError, f"convert it with a version that reads it: {convert}")
+    version = _VERSIONS[name]
+    if not (older and plain.get(formats.KEY, 1) in range(1, version)):
+        convert = f"python -m attnres.commands.rejudge {folder} --out OUT"
+        formats.check_format(plain, path, DataError, f"judge an older one anew: {convert}", version)
     return plain
 
 
@@ -169,15 +185,19 @@ def require_folder(folder: Path) -> None:
         raise ConfigError(f"no probe folder at {folder}: {AGAIN}")
 
 
-def read_measured(folder: Path) -> Measured:
+def read_measured(folder: Path, older: bool = False) -> Measured:
     """Reads what a probe measured, and checks it against its preregistration.
+
+    Args:
+        folder: of the probe.
+        older: take a folder of an earlier version too, to judge it anew.
 
     Raises:
         ConfigError: there is no such folder.
         DataError: a file is missing or unreadable, or holds other windows or cells than were preregistered.
     """
     require_folder(folder)
-    registered, summary = read_described(folder, PREREGISTRATION), read_described(folder, SUMMARY)
+    registered, summary = read_described(folder, PREREGISTRATION), read_described(folder, SUMMARY, older)
     estimated = (folder / columns.ATTRIBUTION.name).is_file()
     measured = Measured(
         folder=folder,

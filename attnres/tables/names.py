@@ -38,10 +38,13 @@ class Measure(StrEnum):
 
 
 class Verdict(StrEnum):
-    """On a cell: `Verdict.NULL` is equivalence within the margin, not the absence of proof."""
+    """On a cell: `Verdict.NEGLIGIBLE` is equivalence within the margin, not the absence of proof.
+
+    No word here is one that pandas reads in a CSV as a missing value, as it does `null`.
+    """
 
     EXCLUDED = "excluded"
-    NULL = "null"
+    NEGLIGIBLE = "negligible"
     CAUSAL = "causal"
     INCONCLUSIVE = "inconclusive"
 

@@ -20,7 +20,6 @@ def test_check_format_refuses_another_version_in_one_line_with_the_remedy(versio
         check_format({KEY: version}, Path("runs/a"), CheckpointError, "convert it")
 
 
-def test_check_format_of_a_later_version_refuses_folders_that_name_none(monkeypatch):
-    monkeypatch.setattr("attnres.files.formats.VERSION", 2)
+def test_check_format_of_a_later_version_refuses_folders_that_name_none():
     with pytest.raises(DataError, match="format 1, this version reads format 2"):
-        check_format({}, Path("a"), DataError, "convert it")
+        check_format({}, Path("a"), DataError, "convert it", version=2)

@@ -83,7 +83,7 @@ def test_mass_without_a_role_is_null(everything):
     for one in with_role:
         cells = one.cells.set_index("cell")
         for cell in one.planted.without_role:
-            assert cells.loc[cell, "verdict"] == "null", one.planted.name
+            assert cells.loc[cell, "verdict"] == "negligible", one.planted.name
             assert cells.loc[cell, "appreciable"]
             assert cells.loc[cell, "displacement"] > 0.05
             (site,) = one.planted.causal
@@ -115,5 +115,5 @@ def test_source_with_a_backup_is_causal_only_together_with_it():
     """What a single mask cannot see: two sources hold the answer, and neither is needed while the other is there."""
     both = "mask:embedding@mlp.late+mask:older@mlp.late"
     verdicts = probed(backup(50), both).verdicts
-    assert {verdicts["mask:embedding@mlp.late"], verdicts["mask:older@mlp.late"]} == {"null"}
+    assert {verdicts["mask:embedding@mlp.late"], verdicts["mask:older@mlp.late"]} == {"negligible"}
     assert [cell for cell, verdict in verdicts.items() if verdict == "causal"] == [both]

@@ -127,6 +127,8 @@ def test_control_is_a_checkpoint_like_any_other(runs, data, monkeypatch):
     [
         ({"controls": {"uniform": "same_base_frozen"}}, r"the name 'uniform' .* is taken"),
         ({"controls": ["same_base_frozen", "same_base_frozen"]}, "is taken; give it another"),
+        ({"controls": {"1": "same_base_frozen"}}, "takes the name '1' for a number or a missing value"),
+        ({"controls": {"None": "same_base_frozen"}}, "takes the name 'None' for a number or a missing value"),
         ({"controls": {"other": "vanilla"}}, "holds a vanilla Qwen3"),
         ({"controls": {"other": "nowhere"}}, "no such file or folder"),
         ({"probe": {"nulls": ["shufled_queries"]}}, "did you mean 'shuffled_queries'"),

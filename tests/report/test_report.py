@@ -18,6 +18,7 @@ import pytest
 
 from attnres.commands import report as report_command
 from attnres.errors import ConfigError, DataError
+from attnres.files import formats
 from attnres.files.whole_files import MOST_BYTES
 from attnres.report import report
 from attnres.report import words as report_text
@@ -243,10 +244,10 @@ def test_report_undecided_contrasts_are_no_disagreement(folder):
 def test_report_names_appreciable_mass_without_a_role(folder):
     def change(table):
         chosen = (table["model"] == "attnres") & (table["cell"] == "mask:older@mlp.late")
-        return table.assign(appreciable=chosen, verdict=table["verdict"].mask(chosen, "null"))
+        return table.assign(appreciable=chosen, verdict=table["verdict"].mask(chosen, "negligible"))
 
     change_table(folder, "cells.csv", change)
-    assert "Appreciable mass without a detectable role (null): older → late MLP." in report_text.headline(
+    assert "Appreciable mass without a detectable role (negligible): older → late MLP." in report_text.headline(
         read_tables(folder)
     )
 
@@ -362,7 +363,7 @@ def test_report_masks_secrets_of_provenance_and_preregistration_as_stored_files_
 
 
 def test_report_does_without_the_optional_parts_of_the_summary(folder, render):
-    (folder / "summary.json").write_text("{}")
+    (folder / "summary.json").write_text(json.dumps({formats.KEY: formats.PROBE_VERSION}))
     html, _ = render(folder)
     assert "AttnRes probe" in html and "No claim was evaluated" in html and "0.005" in html
 
@@ -385,7 +386,7 @@ def test_report_shows_a_dash_where_the_summary_has_no_value(folder, render):
     ],
 )
 def test_read_tables_names_what_is_wrong_in_the_summary(folder, summary, message):
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps({formats.KEY: formats.PROBE_VERSION} | summary))
     with pytest.raises(DataError, match=message):
         read_tables(folder)
 
@@ -428,10 +429,10 @@ def test_report_command_refuses_deep_and_huge_json_in_one_line(folder, capsys, n
 @pytest.mark.parametrize("name", ["summary.json", "preregistration.json"])
 def test_report_command_refuses_another_format_and_names_the_command_that_converts_it(folder, capsys, name):
     plain = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(plain | {"format": 2}))
+    (folder / name).write_text(json.dumps(plain | {"format": 3}))
     assert report_command.main([str(folder)]) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{name}: format 2" in line and f"python -m attnres.commands.rejudge {folder} --out OUT" in line
+    assert f"{name}: format 3" in line and f"python -m attnres.commands.rejudge {folder} --out OUT" in line
 
 
 def test_read_tables_keeps_a_model_called_na(folder):
@@ -522,7 +523,12 @@ def test_claims_have_a_column_for_each_baseline(folder, render):
 
 def test_claims_of_a_control_with_trained_routing_stand_apart(folder, render):
     rows = [
-        {"claim": "a", "verdict": "reproduced", "against": {"recency": "reproduced"}, "recurs": {"uniform": "null"}}
+        {
+            "claim": "a",
+            "verdict": "reproduced",
+            "against": {"recency": "reproduced"},
+            "recurs": {"uniform": "negligible"},
+        }
     ]
     models = json.loads((folder / "summary.json").read_text())["models"]
     for row in models:
@@ -530,7 +536,7 @@ def test_claims_of_a_control_with_trained_routing_stand_apart(folder, render):
     change_summary(folder, claims=rows, models=models)
     html, md = render(folder)
     assert "Also in uniform</th>" in html and "Against recency</th>" in html
-    assert "also in uniform" in md and re.search(r"\| a +\| reproduced +\| reproduced +\| null +\|", md)
+    assert "also in uniform" in md and re.search(r"\| a +\| reproduced +\| reproduced +\| negligible +\|", md)
     # A model that learned to route may do as the trained one does: no disagreement between baselines.
     assert "The baselines disagree" not in md
 

@@ -87,7 +87,7 @@ def test_cell_table_of_no_effect_is_null_with_p_one():
     table = table[table["eligible"]]
     assert (table[["p", "p_holm", "kl_lower_holm"]] == 1.0).all(axis=None)
     assert (table[["dnll", "dnll_lo", "dnll_hi", "kl", "kl_lo", "kl_hi", "tost_p", "kl_upper_p"]] == 0.0).all(axis=None)
-    assert set(table["verdict"]) == {"null"}
+    assert set(table["verdict"]) == {"negligible"}
 
 
 def test_cell_table_verdicts_and_their_order():
@@ -103,7 +103,7 @@ def test_cell_table_verdicts_and_their_order():
         }
     )
     assert table.loc[name(tiny_but_sure), "p_holm"] <= 0.05
-    assert table.loc[name(tiny_but_sure), "verdict"] == "null"
+    assert table.loc[name(tiny_but_sure), "verdict"] == "negligible"
     assert table.loc[name(small_and_vague), "verdict"] == "inconclusive"
     assert table.loc[name(kl_alone), "p_holm"] > 0.05
     assert table.loc[name(kl_alone), "verdict"] == "causal"

@@ -87,7 +87,7 @@ def test_cell_table_refuses_fewer_than_two_documents():
     with pytest.raises(DataError, match="0 document"):
         cells_of(effects.assign(split="pilot"), mass, eligibility, QUICK)
     two = [table[table["document"] < 102] for table in (effects, mass)]
-    assert set(cells_of(*two, eligibility, QUICK)["verdict"]) <= {"excluded", "inconclusive", "null"}
+    assert set(cells_of(*two, eligibility, QUICK)["verdict"]) <= {"excluded", "inconclusive", "negligible"}
 
 
 def test_judge_averages_documents_and_correlates_ranks_once(monkeypatch):

@@ -7,9 +7,11 @@ from functools import partial
 import pandas as pd
 import pytest
 
+from attnres.commands import report as report_command
 from attnres.commands.rejudge import main
 from attnres.config import agreeing
 from attnres.errors import ConfigError, DataError
+from attnres.files import formats
 from attnres.files.whole_files import MOST_BYTES, MOST_DEPTH
 from attnres.interventions.config import GridConfig
 from attnres.report.report import write_report
@@ -43,7 +45,7 @@ def test_recompute_reproduces_every_table_exactly(whole, capsys):
 
 def test_recompute_says_which_table_was_changed(whole, capsys):
     path = whole / "cells.csv"
-    path.write_text(path.read_text().replace("causal", "null", 1))
+    path.write_text(path.read_text().replace("causal", "negligible", 1))
     assert main([str(whole)]) == 5
     assert capsys.readouterr().out == "differ: cells.csv\n"
 
@@ -75,7 +77,7 @@ def test_rejudge_command_refuses_deep_and_huge_json_in_one_line(whole, capsys, n
 
 
 def test_recompute_refuses_a_summary_without_models(whole):
-    (whole / "summary.json").write_text('{"models": [{"kind": "wrap"}]}')
+    (whole / "summary.json").write_text(json.dumps({formats.KEY: formats.PROBE_VERSION, "models": [{"kind": "wrap"}]}))
     with pytest.raises(DataError, match="does not name its models"):
         read_measured(whole)
 
@@ -148,6 +150,23 @@ def test_estimates_from_gradients_are_kept_by_recompute_and_combine(tmp_path, wh
     joint = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert joint["attribution_rank"] == anew["attribution_rank"]
     assert "estimated to first order" in write_report(tmp_path / "out").read_text()
+
+
+def test_a_folder_of_an_older_version_is_refused_and_judged_anew_by_the_command_that_is_named(whole, tmp_path, capsys):
+    summary, cells = whole / "summary.json", whole / "cells.csv"
+    plain = json.loads(summary.read_text())
+    assert plain.pop(formats.KEY) == formats.PROBE_VERSION
+    summary.write_text(json.dumps(plain))
+    cells.write_text(cells.read_text().replace("negligible", "null"))
+    for command in (main, report_command.main):
+        assert command([str(whole)]) == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"python -m attnres.commands.rejudge {whole} --out OUT" in line
+    out = tmp_path / "anew"
+    assert main([str(whole), "--out", str(out)]) == 0
+    assert "null" not in (out / "cells.csv").read_text()
+    assert recompute(read_measured(out))[1] == []
+    assert (out / "preregistration.json").read_bytes() == (whole / "preregistration.json").read_bytes()
 
 
 def test_combine_refuses_members_that_do_not_belong_together(tmp_path):

@@ -53,7 +53,7 @@ def test_detection_of_a_small_effect_with_512_documents():
 
 @pytest.mark.parametrize("where", ["dnll", "kl"])
 def test_null_at_the_margin_is_rare(where):
-    level = rate(lambda draw, n: simulation.null_at_margin(draw, n, where), 2000, SKEWED, chunk=1000)
+    level = rate(lambda draw, n: simulation.negligible_at_margin(draw, n, where), 2000, SKEWED, chunk=1000)
     assert 0.02 <= level <= most(2000)
 
 
@@ -86,13 +86,13 @@ def test_flip_p_decides_as_all_of_the_flips_do():
 
 def test_measure_does_not_depend_on_how_many_are_asked_for_beyond_whole_chunks():
     scenario = power.scenarios()[0]
-    small = replace(scenario, draw=simulation.null_at_margin(DISTRIBUTIONS[NORMAL], 20), documents=20, chunk=50)
+    small = replace(scenario, draw=simulation.negligible_at_margin(DISTRIBUTIONS[NORMAL], 20), documents=20, chunk=50)
     counts = [measure(small, replicates).count for replicates in (50, 100, 50)]
     assert counts[0] == counts[2] <= counts[1]
 
 
 def test_run_writes_its_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    draw = simulation.null_at_margin(DISTRIBUTIONS[NORMAL], 20)
+    draw = simulation.negligible_at_margin(DISTRIBUTIONS[NORMAL], 20)
     null = Scenario(
         name="null", kind="error", distribution=NORMAL, documents=20, draw=draw, replicates=4000, chunk=1000
     )  # fmt: skip

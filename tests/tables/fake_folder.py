@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from attnres.files import formats
 from attnres.files.whole_files import write_json
 from attnres.tables import columns
 from attnres.tables.columns import Table
@@ -120,8 +121,8 @@ def _statistics(rng: np.random.Generator, model: str, family: str, band: str, me
     effect = strength * float(np.exp(rng.normal(0, 0.7))) * (1 if rng.random() > 0.12 else -1)
     spread = abs(effect) * 0.15 + 6e-4
     lo, hi = effect - 2 * spread, effect + 2 * spread
-    null, causal = max(abs(lo), abs(hi)) < MARGIN, lo * hi > 0
-    verdict = "null" if null else "causal" if causal else "inconclusive"
+    negligible, causal = max(abs(lo), abs(hi)) < MARGIN, lo * hi > 0
+    verdict = "negligible" if negligible else "causal" if causal else "inconclusive"
     mass = float(np.clip(rng.normal(1 / mean, 0.1), 0.02, 0.9))
     p = 1e-4 if causal else 0.31
     return {
@@ -138,7 +139,7 @@ def _statistics(rng: np.random.Generator, model: str, family: str, band: str, me
         "dnll_hi": hi,
         "p": p,
         "p_holm": min(1.0, 24 * p),
-        "tost_p": 0.001 if null else 0.7,
+        "tost_p": 0.001 if negligible else 0.7,
         "kl": abs(effect) * 1.1,
         "kl_lo": abs(effect),
         "kl_hi": abs(effect) * 1.2,
@@ -309,7 +310,8 @@ def write_probe(folder: Path, frames: Mapping[Table, pd.DataFrame], registered: 
     for table, frame in frames.items():
         write_table(folder, table, frame)
     write_json(folder / PREREGISTRATION, registered)
-    write_json(folder / SUMMARY, summary | {"preregistration": registered_as(folder / PREREGISTRATION)})
+    registration = {"preregistration": registered_as(folder / PREREGISTRATION)}
+    write_json(folder / SUMMARY, {formats.KEY: formats.PROBE_VERSION} | summary | registration)
     return folder
 
 

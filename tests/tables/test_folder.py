@@ -79,7 +79,7 @@ def test_read_table_keeps_names_that_look_like_no_value(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"verdict": "causl"}, "column 'verdict' holds 'causl', none of excluded, null, causal, inconclusive"),
+        ({"verdict": "causl"}, "column 'verdict' holds 'causl', none of excluded, negligible, causal, inconclusive"),
         ({"eligible": "perhaps"}, "column 'eligible' holds something that is neither true nor false"),
         ({"dnll": "large"}, "column 'dnll' holds something that is not a number"),
     ],

@@ -100,7 +100,8 @@ def _estimate(axis: Axes, x: float, row: float, record: Mapping[Any, Any], ink: 
 def place_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> Figure:
     """dNLL along the depth: per sublayer a strip of families x places and, below it, the effects with their CIs.
 
-    In the strip a sign repeats the verdict (● causal, ≡ null, ○ inconclusive); excluded cells are grey and hatched.
+    In the strip a sign repeats the verdict (● causal, ≡ negligible, ○ inconclusive); excluded cells are grey,
+    hatched.
 
     Args:
         cells: rows of one model and one intervention, as in cells.csv, whose `band` names layers, blocks or reads.
@@ -146,7 +147,7 @@ def place_map(cells: pd.DataFrame, title: str, limit: float, margin: float) -> F
     )
     plotting.effect_bar(figure, axes[::2].tolist(), norm, margin)
     handles = plotting.legend_families(families, 4)
-    handles += plotting.legend_ends("causal (filled, ●)", f"equivalence band ±{margin:g} (≡ null)")
+    handles += plotting.legend_ends("causal (filled, ●)", f"equivalence band ±{margin:g} (≡ negligible)")
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
     plotting.heading(figure, plotting.label(title))
     return figure

@@ -48,7 +48,7 @@ SERIES = (
     ("#8A6D00", "v"),
     ("#4d4d4d", "P"),
 )
-VERDICT_SIGNS = {Verdict.CAUSAL: "●", Verdict.NULL: "≡", Verdict.INCONCLUSIVE: "○"}
+VERDICT_SIGNS = {Verdict.CAUSAL: "●", Verdict.NEGLIGIBLE: "≡", Verdict.INCONCLUSIVE: "○"}
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
