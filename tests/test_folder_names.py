@@ -85,14 +85,25 @@ def test_every_experiment_has_its_name_pinned():
     assert pinned == {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
 
 
+# What has another default since: the values of then give the names of then.
+THEN = "probe.sufficiency=none"
+
+
 @pytest.mark.parametrize("words", PROBES)
 def test_probe_keeps_the_hash_in_the_name_of_its_folder(words):
-    assert probe_hash(build(ProbeConfig, composed("probe", words)), ["0" * 64, "1" * 64]) == PROBES[words]
+    config = build(ProbeConfig, composed("probe", f"{words} {THEN}"))
+    assert probe_hash(config, ["0" * 64, "1" * 64]) == PROBES[words]
+
+
+@pytest.mark.parametrize("key", THEN.split())
+def test_what_has_another_default_since_decides_the_name(key):
+    before, after = (build(ProbeConfig, composed("probe", words)) for words in (THEN, THEN.replace(key, "")))
+    assert probe_hash(before, []) != probe_hash(after, [])
 
 
 def test_probe_of_the_demo_keeps_the_name_of_its_folder():
     digests = ["e1d7c0074cf0253e-8339ccf40803d9fc", "d62d06b3c650cff9-f971ec66508982fa"]
-    assert probe_hash(build(ProbeConfig, composed("probe", "")), digests) == "936dd24b"
+    assert probe_hash(build(ProbeConfig, composed("probe", THEN)), digests) == "936dd24b"
 
 
 @pytest.fixture

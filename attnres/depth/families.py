@@ -30,6 +30,12 @@ def family_indices(family: str, num_sources: int) -> tuple[int, ...]:
     return members[family]
 
 
+def other_indices(family: str, num_sources: int) -> tuple[int, ...]:
+    """Positions of every other source of a read, oldest first."""
+    members = family_indices(family, num_sources)
+    return tuple(source for source in range(num_sources) if source not in members)
+
+
 def family_of(source: int, num_sources: int) -> str:
     """The family of a source position (`"embedding"` for the only source of a read)."""
     for family in FAMILIES:

@@ -7,6 +7,7 @@ from typing import Literal
 from attnres.config import key, nearest, require
 from attnres.depth.places import BANDS, FAMILIES, SUBLAYERS, Places
 from attnres.interventions.ids import FAMILY_KINDS, KINDS, parse
+from attnres.tables.names import RESCUE
 
 # Which part of a swept grid a probe runs, and how; its members agree in all the other keys.
 _of_a_member = partial(key, may_differ=True)
@@ -48,6 +49,8 @@ class GridConfig:
             `scale:0.5`, `mean`, ...); `schedule` alone takes the bias of the recency wrap.
         controls: for which masked cells the control `matched` is run as well: the `"motifs"` of the study where they
             are in the grid, `"all"` or `"none"`.
+        sufficiency: for which cells with a matched control `keep` is run as well: the `"motifs"` of the study, `"all"`
+            or `"none"`.
         places: what the grid is made of: `"bands"`, `"layers"`, `"blocks"`, or single `"reads"`; the last three take
             all of the depth.
         cells: more cells by their ids, compositions included: `mask:older@attn.late+mask:recent@attn.late`.
@@ -71,6 +74,7 @@ class GridConfig:
     bands: str | tuple[str, ...] = _of_a_member("all")
     interventions: str | tuple[str, ...] = _of_a_member(("mask",))
     controls: Literal["motifs", "all", "none"] = _of_a_member("motifs")
+    sufficiency: Literal["motifs", "all", "none"] = _of_a_member("motifs", as_before="none")
     places: Places = _of_a_member("bands")
     cells: str | tuple[str, ...] = _of_a_member(())
     length: int = 128
@@ -94,8 +98,17 @@ class GridConfig:
         require(bool(self.interventions or self.cells), "probe.interventions: expected at least one, e.g. mask")
         for what in self.interventions:
             _require_intervention(what)
+        require(
+            RESCUE not in self.interventions,
+            "probe.interventions: a rescue is asked for by its id, behind what it rescues from: "
+            "probe.cells=[mask:embedding@mlp.early+rescue:recent@mlp.mid]",
+        )
         for text in self.cells:
-            parse(text)
+            spec = parse(text)
+            require(
+                spec.members[0].kind != RESCUE,
+                f"probe.cells: {text}: a rescue puts back what came before it in the cell; write mask:...+{text}",
+            )
         require(
             self.places == "bands" or self.bands == BANDS,
             f"probe.bands: expected all with probe.places={self.places}, received {', '.join(self.bands)}",

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from attnres.depth.families import family_indices
+from attnres.depth.families import family_indices, other_indices
 from attnres.depth.plan import DepthPlan
 from attnres.interventions.ids import Intervention, Spec
 from attnres.model.state import Site
@@ -100,7 +100,9 @@ class RemoveMatched:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Puts another document's vectors in place of some sources; the weights stay those of the model's own.
+    """Puts other vectors in place of some sources; the weights stay those of the model's own.
+
+    The vectors are another document's (`values`) or the clean run's (`rescue`).
 
     Attributes:
         members: positions of the sources.
@@ -189,16 +191,18 @@ class Inputs:
         mean: read -> mean routing weights `[S]` on the pilot split.
         donor_weights: read -> log weights `[B, T, S]` of each window's donor.
         donor_sources: read -> source vectors of each window's donor, S tensors `[B, T, D]`.
+        clean_sources: read -> source vectors of the windows' own clean run, S tensors `[B, T, D]`.
         noise: read -> uniform numbers `[B, T, S]`, a function of seed, window and read.
     """
 
     mean: Mapping[int, Tensor]
     donor_weights: Mapping[int, Tensor]
     donor_sources: Mapping[int, tuple[Tensor, ...]]
+    clean_sources: Mapping[int, tuple[Tensor, ...]]
     noise: Mapping[int, Tensor]
 
 
-NO_INPUTS = Inputs({}, {}, {}, {})
+NO_INPUTS = Inputs({}, {}, {}, {}, {})
 
 
 def edit(spec: Spec, plan: DepthPlan, inputs: Inputs = NO_INPUTS) -> RoutingEdit:
@@ -216,6 +220,10 @@ def _change(item: Intervention, num_sources: int, read: int, inputs: Inputs) -> 
         members = family_indices(item.family, num_sources)
         if item.kind == "values":
             return Exchange(members, tuple(inputs.donor_sources[read][i] for i in members))
+        if item.kind == "rescue":
+            return Exchange(members, tuple(inputs.clean_sources[read][i] for i in members))
+        if item.kind == "keep":
+            return Scale(other_indices(item.family, num_sources), 0.0)
         if item.kind == "matched":
             return RemoveMatched(members, inputs.noise[read])
         if item.kind in ("mask", "scale"):

@@ -11,8 +11,8 @@ from typing import Any
 from attnres.depth.families import Cell, place_sublayer, places
 from attnres.depth.plan import DepthPlan
 from attnres.interventions.config import GridConfig
-from attnres.interventions.ids import FAMILY_KINDS, Intervention, Spec, parse
-from attnres.tables.names import MASK, STUDY_MOTIFS
+from attnres.interventions.ids import FAMILY_KINDS, Composition, Intervention, Spec, parse
+from attnres.tables.names import MASK, RESCUE, STUDY_MOTIFS
 
 _MOTIF_SLICES = frozenset((family, sublayer, band) for _, family, sublayer, band in STUDY_MOTIFS)
 
@@ -111,17 +111,32 @@ def candidates(config: GridConfig, plan: DepthPlan) -> list[Spec]:
     """Every cell that a configuration asks for, excluded ones included, none of them twice.
 
     Intervention by intervention, each at all places from early to late and there on all families; then the controls,
-    then the cells that are named one by one.
+    then what tests sufficiency, then the cells that are named one by one, each rescue behind the cell without it.
     """
     specs = [spec for what in config.interventions for spec in _everywhere(what, config, plan)]
     masks = [spec for spec in specs if spec.kind == MASK]
     controls = [
         replace(mask, kind="matched")
         for mask in masks
-        if config.controls == "all"
-        or (config.controls == "motifs" and (mask.family, mask.sublayer, mask.band) in _MOTIF_SLICES)
+        if config.controls == "all" or (config.controls == "motifs" and _is_motif(mask))
     ]
-    return list(dict.fromkeys([*specs, *controls, *map(parse, config.cells)]))
+    kept = [
+        replace(control, kind="keep")
+        for control in controls
+        if config.sufficiency == "all" or (config.sufficiency == "motifs" and _is_motif(control))
+    ]
+    named = [cell for spec in map(parse, config.cells) for cell in (without_rescue(spec), spec)]
+    return list(dict.fromkeys([*specs, *controls, *kept, *named]))
+
+
+def without_rescue(spec: Spec) -> Spec:
+    """A cell without what it puts back: what its recovered share is a share of; itself where it puts nothing back."""
+    left = tuple(member for member in spec.members if member.kind != RESCUE)
+    return spec if not left or left == spec.members else left[0] if len(left) == 1 else Composition(left)
+
+
+def _is_motif(item: Intervention) -> bool:
+    return (item.family, item.sublayer, item.band) in _MOTIF_SLICES
 
 
 def _everywhere(what: str, config: GridConfig, plan: DepthPlan) -> Iterable[Intervention]:

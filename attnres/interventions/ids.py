@@ -9,7 +9,9 @@ probed; what they mean at a read follows from that model's depth plan. On a fami
 
 * `mask` removes its sources and renormalises the rest (a bias of -inf);
 * `scale:x` multiplies its odds by x (a bias of log x; 0 is `mask`);
+* `keep` removes every other family and renormalises: what the family can do alone (sufficiency);
 * `values` mixes the vectors of another document in its place, under unchanged weights;
+* `rescue`, in one cell behind a mask, puts back its vectors of the clean run, under the edited run's weights;
 * `matched` is the control of `mask`: see `attnres.interventions.edits.RemoveMatched`.
 
 On a whole read: `mean` (its mean weights on the pilot split: no content, no position), `uniform`, `schedule:b` (the
@@ -21,13 +23,24 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from attnres.depth.families import FAMILIES, WHOLE_READ, Cell, cell, check_place, family_indices, place_reads
+from attnres.depth.families import (
+    FAMILIES,
+    WHOLE_READ,
+    Cell,
+    cell,
+    check_place,
+    family_indices,
+    other_indices,
+    place_reads,
+)
 from attnres.depth.plan import DepthPlan
 from attnres.errors import ConfigError
 
-Kind = Literal["noop", "mask", "scale", "values", "matched", "mean", "uniform", "schedule", "resample"]
+Kind = Literal[
+    "noop", "mask", "scale", "keep", "values", "rescue", "matched", "mean", "uniform", "schedule", "resample"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FAMILY_KINDS = ("mask", "scale", "values", "matched")
+FAMILY_KINDS = ("mask", "scale", "keep", "values", "rescue", "matched")
 # What a kind's argument is, for those that have one.
 ARGUMENTS = {"scale": "a factor of 0 or more", "schedule": "the bias b in nats"}
 # Kinds that take vectors or weights from another document.
@@ -185,6 +198,8 @@ class Composition:
                 removed = removed if member.kind == "noop" else set()
             elif member.kind == "mask" or member.argument == 0:
                 removed |= set(family_indices(member.family, plan.reads[read].num_sources))
+            elif member.kind == "keep":
+                removed |= set(other_indices(member.family, plan.reads[read].num_sources))
         return removed
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attnres.depth.families import Cell, family_indices
+from attnres.depth.families import Cell, other_indices
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.state import Trace
 from attnres.probe.execution import Batch, Execution, damaged
@@ -58,7 +58,7 @@ def attribution(
     for read, weights, gradient in zip(wanted, log_weights, gradients, strict=True):
         size = weights.shape[-1]
         for cell in (cell for cell in cells if read in cell.reads):
-            others = [i for i in range(size) if i not in family_indices(cell.family, size)]
+            others = list(other_indices(cell.family, size))
             left = weights.detach()[..., others].exp().sum(-1)
             moved = gradient[..., others].sum(-1) / left - gradient.sum(-1)
             estimates[cell] += moved.sum(-1).to(estimates[cell])

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attnres.depth.families import Cell, family_indices, family_of
+from attnres.depth.families import Cell, family_indices, family_of, other_indices
 from attnres.depth.plan import DepthPlan
 from attnres.model.measures import norm_share
 from attnres.model.state import Trace
@@ -99,7 +99,7 @@ def measure_mass(trace: Trace, families: tuple[str, ...]) -> dict[str, Mass]:
     measured = {}
     for family in families:
         members = family_indices(family, len(shares))
-        others = [i for i in range(len(shares)) if i not in members]
+        others = list(other_indices(family, len(shares)))
         share = torch.stack([shares[i] for i in members]).sum(0)
         # Summed from the others rather than subtracted from h, which would cancel where the family holds nearly all.
         left = weights[..., others].sum(-1, keepdim=True)

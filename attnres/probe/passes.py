@@ -1,6 +1,6 @@
 """Passes through a model under the probe: the clean run, and an edited one from the clean state at its first layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -24,12 +24,14 @@ class CleanRun:
         states: layer -> the state in front of it, for the layers where cells start.
         readout: the clean logits' summary.
         logits: `[B, T, V]`.
+        sources: read -> its source vectors, S tensors `[B, T, D]`, for the reads that were asked for.
     """
 
     context: Context
     states: dict[int, DepthState]
     readout: CleanReadout
     logits: Tensor
+    sources: dict[int, tuple[Tensor, ...]]
 
 
 def first_layer(spec: Spec, plan: DepthPlan) -> int:
@@ -61,11 +63,27 @@ def run_clean(
     labels: Tensor,
     starts: Sequence[int],
     observe: Callable[[Trace], None] | None = None,
+    sources_at: Collection[int] = (),
 ) -> CleanRun:
-    """One pass over all layers on the explicit path, keeping the state in front of each layer in `starts`."""
-    context, states, hidden = run_through(model, input_ids, starts, observe)
+    """One pass over all layers on the explicit path.
+
+    Args:
+        starts: layers in front of which the state is kept.
+        observe: called with the trace of every read.
+        sources_at: reads whose source vectors are kept.
+    """
+    sources: dict[int, tuple[Tensor, ...]] = {}
+
+    def look(trace: Trace) -> None:
+        if trace.site.read in sources_at:
+            sources[trace.site.read] = trace.sources
+        if observe is not None:
+            observe(trace)
+
+    looks = look if sources_at or observe is not None else None
+    context, states, hidden = run_through(model, input_ids, starts, looks)
     logits = model.lm_head(hidden)
-    return CleanRun(replace(context, observe=None), states, CleanReadout.of(logits, labels), logits)
+    return CleanRun(replace(context, observe=None), states, CleanReadout.of(logits, labels), logits, sources)
 
 
 def run_edited(model: Qwen3AttnResForCausalLM, clean: CleanRun, spec: Spec, inputs: Inputs = NO_INPUTS) -> Tensor:

@@ -33,7 +33,7 @@ from attnres.probe.measure import Effects, MassObserver, RoutingSums, routing_me
 from attnres.probe.passes import CleanRun, first_layer, run_clean, run_edited, run_rows, run_through
 from attnres.probe.subjects import Subject
 from attnres.tables import columns
-from attnres.tables.names import MATCHED, Split
+from attnres.tables.names import MATCHED, RESCUE, Split
 
 # The pieces that come from a clean run.
 OBSERVED = ("mass", "routing", "clean")
@@ -170,8 +170,8 @@ def _run_cells(work: _Work, specs: Sequence[Spec], batches: tuple[Batch, ...], e
             continue
         execution.end_if_stopping()
         starts = sorted({first_layer(spec, subject.plan) for spec in todo})
-        clean = _clean_run(subject, work.specs, starts, batch, execution)
-        inputs = _inputs(work, todo, batch, execution)
+        clean = _clean_run(subject, work.specs, starts, batch, execution, reads_of(todo, subject.plan, [RESCUE]))
+        inputs = _inputs(work, todo, batch, execution, clean)
         rows: list[pd.DataFrame] = []
         written = time.monotonic()
         for group in _passes(subject, specs, execution, clean):
@@ -195,24 +195,30 @@ def _run_cells(work: _Work, specs: Sequence[Spec], batches: tuple[Batch, ...], e
 
 
 def _clean_run(
-    subject: Subject, specs: Sequence[Spec], starts: Sequence[int], batch: Batch, execution: Execution
+    subject: Subject,
+    specs: Sequence[Spec],
+    starts: Sequence[int],
+    batch: Batch,
+    execution: Execution,
+    sources_at: Collection[int] = (),
 ) -> CleanRun:
     """The clean run of a batch; what it says about mass and routing is kept if it is not yet.
 
     Args:
         specs: the cells whose families' mass is measured, beside those of the standard grid.
         starts: layers in front of which the state is kept.
+        sources_at: reads whose source vectors are kept.
     """
     ids, labels = batch.tokens(subject.model.lm_head.weight.device)
     if _observed(subject, execution, batch):
-        return run_clean(subject.model, ids, labels, starts)
+        return run_clean(subject.model, ids, labels, starts, sources_at=sources_at)
     mass, routing = MassObserver(subject.plan, slices(subject.plan, specs)), RoutingSums()
 
     def observe(trace: Trace) -> None:
         mass(trace)
         routing(trace)
 
-    clean = run_clean(subject.model, ids, labels, starts, observe)
+    clean = run_clean(subject.model, ids, labels, starts, observe, sources_at)
     identity = {"model": subject.name, **batch.identity, "split": batch.split}
     nll = pd.DataFrame(identity | {"nll": clean.readout.nll.mean(-1).cpu().numpy()})
     observed = {"mass": mass.table(identity), "routing": routing.table(batch.split), "clean": nll}
@@ -232,7 +238,7 @@ def _observed(subject: Subject, execution: Execution, batch: Batch) -> bool:
     return all(execution.pieces.has(batch.key(subject.name, kind)) for kind in OBSERVED)
 
 
-def _inputs(work: _Work, specs: Sequence[Spec], batch: Batch, execution: Execution) -> Inputs:
+def _inputs(work: _Work, specs: Sequence[Spec], batch: Batch, execution: Execution, clean: CleanRun) -> Inputs:
     """What these interventions borrow for a batch: one clean run of its donors, if any of them needs one."""
     subject, plan, windows = work.subject, work.subject.plan, batch.windows
     device = subject.model.lm_head.weight.device
@@ -252,7 +258,7 @@ def _inputs(work: _Work, specs: Sequence[Spec], batch: Batch, execution: Executi
         read: noise(ids, batch.split, read, length, plan.reads[read].num_sources, execution.seed).to(device)
         for read in reads_of(specs, plan, [MATCHED])
     }
-    return Inputs({} if work.pilot is None else work.pilot.mean, weights, sources, drawn)
+    return Inputs({} if work.pilot is None else work.pilot.mean, weights, sources, clean.sources, drawn)
 
 
 def _passes(subject: Subject, specs: Sequence[Spec], execution: Execution, clean: CleanRun) -> Iterator[Sequence[Spec]]:

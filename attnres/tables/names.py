@@ -94,8 +94,8 @@ class ClaimVerdict(StrEnum):
     NOT_TESTED = "not tested"
 
 
-# The intervention that verdicts are about, and its control.
-MASK, MATCHED = "mask", "matched"
+# The intervention that verdicts are about, and its control; what a family does alone; what puts it back behind a mask.
+MASK, MATCHED, KEEP, RESCUE = "mask", "matched", "keep", "rescue"
 # The motifs that the study reports: (what it says, family, sublayer, band).
 STUDY_MOTIFS = (
     ("embedding through early MLPs", "embedding", "mlp", "early"),

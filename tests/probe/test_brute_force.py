@@ -84,6 +84,7 @@ class Recomputed:
         self.pilot_reads = recompute(model, pilot.input_ids)[1]
         self.donor = donors(drawn, "confirm", pilot, SEED)
         self.drawn = drawn
+        self.own_reads = recompute(model, drawn.input_ids)[1]
 
     def change(self, item: Intervention, cell: Cell):
         def at(read, weights, vectors):
@@ -97,6 +98,11 @@ class Recomputed:
                 factor = 0.0 if item.kind == "mask" else item.argument
                 weights[..., inside] *= factor
                 weights /= weights.sum(-1, keepdim=True)
+            elif item.kind == "keep":
+                weights[..., [i for i in range(size) if i not in inside]] = 0.0
+                weights /= weights.sum(-1, keepdim=True)
+            elif item.kind == "rescue":
+                vectors = [self.own_reads[read.index][1][i] if i in inside else v for i, v in enumerate(vectors)]
             elif item.kind == "values":
                 vectors = [others_vectors[i][self.donor] if i in inside else v for i, v in enumerate(vectors)]
             elif item.kind == "matched":
@@ -131,7 +137,7 @@ class Recomputed:
 
 def everything(plan) -> list[Intervention]:
     """Every kind, at bands and at single reads, wherever it can be judged."""
-    family = ["mask:{}", "scale:0:{}", "scale:0.3:{}", "scale:4:{}", "values:{}", "matched:{}"]
+    family = ["mask:{}", "scale:0:{}", "scale:0.3:{}", "scale:4:{}", "keep:{}", "values:{}", "rescue:{}", "matched:{}"]
     texts = [
         f"{what.format(name)}@{place}" for what in family for name in FAMILIES for place in ("attn.late", "mlp.mid")
     ]
@@ -163,7 +169,7 @@ def test_every_intervention_equals_its_recomputation(convention):
             # The measurement itself is in fp32.
             measured = torch.tensor(rows[name].to_numpy()).double()
             torch.testing.assert_close(measured, values, rtol=1e-4, atol=3e-6, msg=lambda m, i=item.id: f"{i}: {m}")
-        if item.kind == "noop":
+        if item.kind in ("noop", "rescue"):  # behind nothing, a rescue puts back what is there
             assert bool((rows[["dnll", "kl", "flips"]] == 0).all(axis=None))
         else:
             assert float(wanted["kl"].max()) > 1e-6, item.id
@@ -184,7 +190,9 @@ def test_compositions_equal_their_recomputation(convention):
     model, pilot, drawn = build(convention), draw(4, 10), draw(3, 50)
     plan, again = model.model.plan, Recomputed(model, pilot, drawn)
     texts = ("mask:embedding@mlp.mid+scale:3:current@mlp.mid", "uniform@attn.layer4+mask:embedding@attn.late",
-             "values:embedding@mlp.mid+resample@mlp.layer3+mask:recent@read8")  # fmt: skip
+             "values:embedding@mlp.mid+resample@mlp.layer3+mask:recent@read8",
+             "mask:embedding@mlp.mid+rescue:current@mlp.late",
+             "keep:embedding@mlp.mid+rescue:current@attn.late")  # fmt: skip
     specs = [parse(text) for text in texts]
     drawn_from = {"pilot": pilot, "confirm": drawn}
     tables = measure_cells(Subject("attnres", model), specs, drawn_from, 3, excluding=False, seed=SEED)

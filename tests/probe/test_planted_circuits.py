@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 
-from attnres.depth.families import grid
+from attnres.depth.families import FAMILIES, grid
 from attnres.interventions.ids import Intervention, Spec, parse
 from attnres.probe.subjects import Subject
 from attnres.statistics.cells import cell_table
@@ -16,6 +16,7 @@ from attnres.statistics.rank_correlation import spearman_table
 from tests.probe.in_memory import measure_cells
 from tests.probe.planted_models import Planted, backup, duplicated_source, norm_trap, one_attention, one_mlp, two_mlps
 
+EXCLUDED = "excluded"
 STATISTICS = StatisticsConfig(sign_flips=999, bootstrap=200)
 
 
@@ -76,7 +77,7 @@ def test_planted_sites_are_causal_and_others_are_not(everything):
     assert others.count("causal") <= 0.05 * len(others)
 
 
-def test_mass_without_a_role_is_null(everything):
+def test_mass_without_a_role_is_negligible(everything):
     """A vector in a subspace that nothing reads: masking it changes what the norm returns, and no effect follows."""
     with_role = [one for one in everything if one.planted.without_role]
     assert len(with_role) == 3
@@ -117,3 +118,43 @@ def test_source_with_a_backup_is_causal_only_together_with_it():
     verdicts = probed(backup(50), both).verdicts
     assert {verdicts["mask:embedding@mlp.late"], verdicts["mask:older@mlp.late"]} == {"negligible"}
     assert [cell for cell, verdict in verdicts.items() if verdict == "causal"] == [both]
+
+
+def test_keep_finds_that_the_planted_source_alone_is_sufficient():
+    for seed, layer in enumerate((1, 3, 5)):
+        planted = one_mlp(seed, layer)
+        (site,) = planted.causal
+        place = site.partition("@")[2]
+        verdicts = probed(planted, *(f"keep:{family}@{place}" for family in FAMILIES)).verdicts
+        judged = {
+            cell: verdict for cell, verdict in verdicts.items() if cell.startswith("keep") and verdict != EXCLUDED
+        }
+        assert judged.pop(f"keep:embedding@{place}") == "negligible"
+        assert set(judged.values()) == {"causal"}, place
+
+
+def test_keep_misses_neither_of_two_sources_that_back_each_other_up():
+    """Necessity alone would call both useless: a mask finds neither, `keep` finds both."""
+    cells = [f"{what}:{family}@mlp.late" for what in ("mask", "keep") for family in FAMILIES]
+    verdicts = probed(backup(50), *cells[4:]).verdicts
+    assert {verdicts[cell] for cell in cells[:4]} == {"negligible"}
+    assert {family: verdicts[f"keep:{family}@mlp.late"] for family in FAMILIES} == {
+        "embedding": "negligible", "older": "negligible", "recent": "causal", "current": "causal"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "family"), [(3, "recent"), (5, "older")])
+def test_rescue_takes_back_what_the_mask_upstream_took(layer, family):
+    """Layer 0's MLP writes what a later one reads from `family`: that path, put back, is all of the effect."""
+    planted = two_mlps(10 + layer, layer, family)
+    mask, site = "mask:embedding@mlp.early", next(cell for cell in planted.causal if family in cell)
+    others = [name for name in FAMILIES if name not in (family, "current")]
+    rescues = {name: f"{mask}+{site.replace('mask', 'rescue').replace(family, name)}" for name in (family, *others)}
+    cells = probed(planted, *rescues.values()).cells.set_index("cell")
+    lost = cells.loc[mask, "dnll"]
+    recovered = {
+        name: 1 - cells.loc[cell, "dnll"] / lost for name, cell in rescues.items() if cells.loc[cell, "eligible"]
+    }
+    assert lost > 1 and recovered.pop(family) > 0.99
+    # What other sources hold of the token leaks into the lookup through junk.
+    assert recovered and max(recovered.values()) < 0.2

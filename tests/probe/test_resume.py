@@ -29,7 +29,9 @@ from attnres.processes.ranks import Ranks
 from attnres.processes.signals import StopSignals
 
 SPECS = [parse(text) for text in ("mask:embedding@mlp.late", "mask:current@attn.layer2", "matched:embedding@mlp.late",
-                                  "mean@read4", "resample@mlp.mid", "values:embedding@mlp.late")]  # fmt: skip
+                                  "mean@read4", "resample@mlp.mid", "values:embedding@mlp.late",
+                                  "keep:embedding@mlp.late",
+                                  "mask:current@attn.layer1+rescue:embedding@mlp.late")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +261,10 @@ def test_what_a_text_or_a_model_makes_impossible_is_an_excluded_row(subject):
     heavy = Pilot({}, {("current", "mlp", "late"): 0.625})
     assert "holds 0.62 of the mass" in unavailable(control, subject.plan, heavy, one)
     without = walked(subject, Execution({"confirm": one}, 2)).eligibility.set_index("cell")
-    assert set(without.index[without["eligible"]]) == {"mask:embedding@mlp.late", "mask:current@attn.layer2"}
+    assert set(without.index[without["eligible"]]) == {
+            "mask:embedding@mlp.late", "mask:current@attn.layer2", "keep:embedding@mlp.late",
+            "mask:current@attn.layer1+rescue:embedding@mlp.late",
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -316,12 +321,19 @@ def test_signals_become_a_flag_and_handlers_come_back():
 def test_candidates_come_once_each_and_controls_stand_beside_the_motifs(subject):
     plan = subject.plan
     default = candidates(GridConfig(), plan)
-    assert len(default) == 28
-    assert {spec.id for spec in default if spec.kind == "matched"} == {
-        "matched:embedding@mlp.early", "matched:current@attn.early", "matched:current@mlp.early",
-        "matched:older@attn.late",
-    }  # fmt: skip
-    part = GridConfig(families="older", bands="late", interventions="mask,scale:0.5,mean,schedule", controls="all")
+    assert len(default) == 32
+    motifs = {"embedding@mlp.early", "current@attn.early", "current@mlp.early", "older@attn.late"}
+    for kind in ("matched", "keep"):
+        assert {spec.id for spec in default if spec.kind == kind} == {f"{kind}:{motif}" for motif in motifs}
+    assert candidates(GridConfig(sufficiency="none"), plan) == default[:28]
+    assert not [spec for spec in candidates(GridConfig(controls="none"), plan) if spec.kind == "keep"]
+    assert len(candidates(GridConfig(controls="all", sufficiency="all"), plan)) == 24 * 3
+    rescued = candidates(GridConfig(cells="mask:older@attn.layer2+rescue:recent@mlp.late"), plan)
+    assert [spec.id for spec in rescued[32:]] == [
+        "mask:older@attn.layer2", "mask:older@attn.layer2+rescue:recent@mlp.late",
+    ]  # fmt: skip
+    part = GridConfig(families="older", bands="late", interventions="mask,scale:0.5,mean,schedule", controls="all",
+                      sufficiency="none")  # fmt: skip
     assert [spec.id for spec in candidates(part, plan)] == [
         "mask:older@attn.late", "mask:older@mlp.late", "scale:0.5:older@attn.late", "scale:0.5:older@mlp.late",
         "mean@attn.late", "mean@mlp.late", "schedule:10@attn.late", "schedule:10@mlp.late",
@@ -341,6 +353,8 @@ def test_candidates_come_once_each_and_controls_stand_beside_the_motifs(subject)
         ({"interventions": "scale"}, "expected kind"),
         ({"interventions": "mask:older"}, "expected kind"),
         ({"interventions": ""}, "probe.interventions"),
+        ({"interventions": "rescue"}, "a rescue is asked for by its id"),
+        ({"cells": "rescue:older@mlp.late"}, r"write mask:\.\.\.\+rescue:older@mlp\.late"),
         ({"cells": "mask:older@attn.first"}, "band"),
         ({"places": "layers", "bands": "early"}, "probe.bands"),
         ({"cells_per_pass": 0}, "probe.cells_per_pass"),
