@@ -21,6 +21,7 @@ class Judged:
     dissociation: pd.DataFrame
     spearman: pd.DataFrame
     motifs: pd.DataFrame
+    rescues: pd.DataFrame
 
     def texts(self) -> dict[str, str]:
         """File name -> its text."""
@@ -32,10 +33,11 @@ class Judged:
             write_table(folder, table, frame)
 
     def _tables(self) -> dict[Table, pd.DataFrame]:
-        return {
+        tables = {
             columns.CELLS: self.cells,
             columns.CONTRASTS: self.contrasts,
             columns.DISSOCIATION: self.dissociation,
             columns.SPEARMAN: self.spearman,
             columns.MOTIFS: self.motifs,
         }
+        return tables | {columns.RESCUES: self.rescues} if len(self.rescues) else tables

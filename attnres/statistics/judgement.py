@@ -19,6 +19,7 @@ from attnres.statistics.dissociation import dissociation_table
 from attnres.statistics.judged import Judged
 from attnres.statistics.motifs import motif_table, permutation_null
 from attnres.statistics.rank_correlation import against_exact, spearman_table, which_predicts
+from attnres.statistics.rescues import rescue_table
 from attnres.tables.roles import TRAINED, Roles
 
 
@@ -45,6 +46,7 @@ def judge(
         dissociation=dissociation_table(design, spearman, config),
         spearman=spearman,
         motifs=motif_table(design, cells, contrasts, config, Roles.of(models).uniform),
+        rescues=rescue_table(design, config),
     )
 
 
@@ -67,6 +69,7 @@ def findings(
         "dissociation": _dissociation_rows(judged.dissociation),
         "spearman": records(judged.spearman),
         "motifs": records(judged.motifs),
+        "rescues": records(judged.rescues),
         "predicts": which_predicts(judged.spearman, config.alpha),
     }
     if config.permutations:

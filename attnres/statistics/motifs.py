@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import Averages, Design, at_bands
+from attnres.statistics.design import Averages, Design, at_bands, units
 from attnres.statistics.inference import Floats, adjust_p, interval, sign_flip_p
 from attnres.statistics.verdicts import NOT_RUN, RUN, motif_verdicts
 from attnres.tables import columns
 from attnres.tables.columns import SLICE
-from attnres.tables.names import MASK, MATCHED, ContrastVerdict, Learned, Model, Split, Verdict
+from attnres.tables.names import KEEP, MASK, MATCHED, ContrastVerdict, Learned, Model, Shown, Split, Verdict
 
 _PERMUTATION_STREAM = 4
 # A motif's effect is learned if it is larger than in the baseline; its mass, if it is larger or smaller.
@@ -55,7 +55,8 @@ def motif_table(
     Returns:
         One row per model x eligible cell at a band, columns `columns.MOTIFS`. `matched` says "run", "not run" or why
         the control is excluded. `effect_learned` and `mass_learned`, of the trained model only: "learned",
-        "inherited" (no larger than in the baseline), "undecided" or "not tested".
+        "inherited" (no larger than in the baseline), "undecided" or "not tested". `necessity`, `sufficiency` and
+        `specificity` change no verdict.
 
     Raises:
         ValueError: a verdict of `contrasts` is none.
@@ -83,9 +84,12 @@ def motif_table(
             table[f"{name}_p"] = p[place::2]
         table["p"] = table[["elsewhere_p", "matched_p"]].max(axis=1).where(table["elsewhere_p"].notna())
         tested = table.index[table["p"].notna()]
+        size = max(int(rows["family_size"].iloc[0]), len(tested))
         if len(tested):
-            size = max(int(rows["family_size"].iloc[0]), len(tested))
             table.loc[tested, "p_holm"] = adjust_p(table.loc[tested, "p"], size)
+        controlled = table.index[table["matched_p"].notna()]
+        if len(controlled):
+            table.loc[controlled, "matched_p_holm"] = adjust_p(table.loc[controlled, "matched_p"], size)
         table["documents"] = len(effects.documents)
         for name in ("effect_learned", "mass_learned"):
             of_trained = [learned.get(cell, {}).get(name, Learned.NOT_TESTED) for cell in table["cell"]]
@@ -94,7 +98,25 @@ def motif_table(
     table = pd.concat(tables, ignore_index=True).reindex(columns=columns.MOTIFS.names)
     table["ruled_out"] |= (table["elsewhere_diff_hi"] < 0) | (table["matched_diff_hi"] < 0)
     table["verdict"] = motif_verdicts(table, table["p_holm"], config.alpha)
-    return table
+    return _labelled(table, cells, config.alpha)
+
+
+def _labelled(table: pd.DataFrame, cells: pd.DataFrame, alpha: float) -> pd.DataFrame:
+    """What is shown of each cell beside its verdict: necessity, sufficiency, specificity."""
+    kept = cells[(cells["intervention"] == KEEP) & cells["eligible"]]
+    alone = dict(zip(units(kept, ["model", *SLICE]), kept["verdict"] == Verdict.NEGLIGIBLE, strict=True))
+    specific = table["matched_p_holm"].le(alpha).where(table["matched_p_holm"].notna())
+    return table.assign(
+        necessity=table["causal"].map(_shown),
+        sufficiency=[_shown(alone.get(place)) for place in units(table, ["model", *SLICE])],
+        specificity=specific.map(_shown),
+    )
+
+
+def _shown(found: bool | float | None) -> Shown:
+    if found is None or found != found:
+        return Shown.NOT_TESTED
+    return Shown.SHOWN if found else Shown.NOT_SHOWN
 
 
 def less_elsewhere(effects: Floats, cell: int) -> Floats:

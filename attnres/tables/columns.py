@@ -267,6 +267,23 @@ MOTIFS = Table(
         _word("verdict", names.MotifVerdict, "on the cell as a motif"),
         _word("effect_learned", names.Learned, "whether training made the effect", optional=True),
         _word("mass_learned", names.Learned, "whether training made the mass", optional=True),
+        _p("matched_p_holm", "`matched_p` after Holm over the grid"),
+        _word("necessity", names.Shown, "the mask is causal and costs something", optional=True),
+        _word("sufficiency", names.Shown, "`keep`, which removes every other family, is negligible", optional=True),
+        _word("specificity", names.Shown, "it costs more than its matched control, after Holm", optional=True),
+    ),
+)
+RESCUES = Table(
+    "rescues.csv",
+    "a model, an eligible cell with a rescue; only where one was asked for",
+    (
+        *(_MODEL, _CELL),
+        _text("without", "the cell without the rescue, of whose effect it takes back a share"),
+        _DOCUMENTS,
+        _number("dnll", NATS, "mean effect with the rescue"),
+        _number("dnll_without", NATS, "mean effect without the rescue"),
+        *_interval("recovered", "share", "`1 - dnll / dnll_without`", optional=True),
+        _text("reason", "why no share is given", optional=True),
     ),
 )
 DISSOCIATION = Table(
@@ -311,4 +328,4 @@ SPEARMAN = Table(
 )
 # What is measured, and what is judged from it without a model.
 MEASURED = (EFFECTS, MASS, ATTRIBUTION, ELIGIBILITY, ROUTING)
-JUDGED = (CELLS, CONTRASTS, DISSOCIATION, SPEARMAN, MOTIFS)
+JUDGED = (CELLS, CONTRASTS, DISSOCIATION, SPEARMAN, MOTIFS, RESCUES)

@@ -68,6 +68,14 @@ class MotifVerdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
+class Shown(StrEnum):
+    """On a property of a masked cell that no verdict depends on: necessity, sufficiency, specificity."""
+
+    SHOWN = "shown"
+    NOT_SHOWN = "not shown"
+    NOT_TESTED = "not tested"
+
+
 class Learned(StrEnum):
     """Whether training made what a motif shows, by the contrast with the uniform wrap."""
 

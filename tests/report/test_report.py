@@ -555,3 +555,14 @@ def test_adjusted_p_says_which_correction_it_is():
     assert report_text.adjusted({"p_holm": 0.02, "p_fdr": 0.01}) == "0.02"
     assert report_text.adjusted({"p_holm": float("nan"), "p_fdr": 0.01}) == "0.01 (BH)"
     assert report_text.adjusted({"p_holm": float("nan")}) == "–"
+
+
+def test_report_shows_what_a_rescue_takes_back_or_why_no_share_is_given(folder, render):
+    cell = "mask:embedding@mlp.early+rescue:recent@mlp.mid"
+    shares = {"recovered": 0.75, "recovered_lo": 0.7, "recovered_hi": 0.8, "reason": ""}
+    row = {"model": "attnres", "cell": cell, "without": "mask:embedding@mlp.early", "dnll": 0.1, "dnll_without": 0.4}
+    unknown = row | dict.fromkeys(shares, None) | {"model": "uniform", "reason": "the effect is not above zero"}
+    change_summary(folder, rescues=[row | shares, unknown])
+    for text in render(folder):
+        assert "rescue:recent@mlp.mid" in text and "0.750" in text and "[" in text
+        assert "the effect is not above zero" in text

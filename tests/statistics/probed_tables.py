@@ -21,11 +21,20 @@ SLICES = [(f, s, b) for b in BANDS for s in SUBLAYERS for f in FAMILIES]
 
 
 def measured(
-    effect=None, mass=None, models=("attnres", "uniform"), controls=(), documents=24, pilot=8, noise=0.02, seed=0
+    effect=None,
+    mass=None,
+    models=("attnres", "uniform"),
+    controls=(),
+    kept=(),
+    documents=24,
+    pilot=8,
+    noise=0.02,
+    seed=0,
 ):
     """Effects, mass and eligibility: `effect[model, slice]` is a mean dNLL (0 elsewhere), `mass[...]` a mean mass.
 
-    `controls` are slices whose `matched` control is there too, with effect `effect[model, slice, "matched"]`.
+    `controls` are slices whose `matched` control is there too, with effect `effect[model, slice, "matched"]`;
+    `kept` are those whose `keep` is, likewise.
     """
     effect, mass = effect or {}, mass or {}
     rng = np.random.default_rng(seed)
@@ -33,7 +42,7 @@ def measured(
     windows = {"document": number, "window": number * 10, "split": np.where(number < pilot, "pilot", "confirm")}
     effects, masses, eligibility = [], [], []
     for model in models:
-        for kind, slices in (("mask", SLICES), ("matched", controls)):
+        for kind, slices in (("mask", SLICES), ("matched", controls), ("keep", kept)):
             for piece in slices:
                 where = dict(zip(("family", "sublayer", "band"), piece, strict=True)) | {"model": model}
                 cell = {"cell": "{}:{}@{}.{}".format(kind, *piece), "intervention": kind}

@@ -233,3 +233,22 @@ def test_tables_hold_plain_words(tmp_path, learned):
         table.to_parquet(tmp_path / "table.parquet")
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), table)
     assert ",causal," in judged.texts()["cells.csv"] and "Verdict." not in "".join(judged.texts().values())
+
+
+@pytest.mark.parametrize(
+    ("alone", "matched", "labels"),
+    [
+        (0.0, 0.05, ("shown", "shown", "shown")),
+        (0.2, 0.3, ("shown", "not shown", "not shown")),
+        (None, None, ("shown", "not tested", "not tested")),
+    ],
+)
+def test_labels_of_a_motif_say_what_is_shown_and_change_no_verdict(alone, matched, labels):
+    effect = {("attnres", MOTIF): 0.3, ("attnres", MOTIF, "matched"): matched, ("attnres", MOTIF, "keep"): alone}
+    with_control, with_keep = ([MOTIF] if value is not None else [] for value in (matched, alone))
+    judged, _ = judged_of(effect, controls=with_control, kept=with_keep, noise=0.001)
+    row = motif(judged)
+    assert (row["necessity"], row["sufficiency"], row["specificity"]) == labels
+    without, _ = judged_of(effect, controls=with_control, noise=0.001)
+    assert motif(without)["verdict"] == row["verdict"] and motif(without)["p_holm"] == row["p_holm"]
+    assert motif(judged, "mask:older@attn.late")["necessity"] == "not shown"
