@@ -111,9 +111,12 @@ def read_table(folder: Path, table: Table, only: Sequence[str] = ()) -> pd.DataF
 def _read_parquet(path: Path, only: Sequence[str]) -> pd.DataFrame:
     with parquet.ParquetFile(path) as file:
         rows, present = file.metadata.num_rows, file.schema_arrow.names
-    if rows > _MOST_ROWS:
-        raise ValueError(f"{rows:,} rows, at most {_MOST_ROWS:,} are read")
-    return pd.read_parquet(path, columns=[name for name in only if name in present] if only else None)
+        if rows > _MOST_ROWS:
+            raise ValueError(f"{rows:,} rows, at most {_MOST_ROWS:,} are read")
+        wanted = [name for name in only or present if name in present]
+        # Text that is not UTF-8 would be noticed later, by whoever looks at it.
+        file.read(columns=wanted).validate(full=True)
+    return pd.read_parquet(path, columns=wanted)
 
 
 def _read_text(path: Path) -> pd.DataFrame:

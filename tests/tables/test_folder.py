@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from attnres.errors import DataError
@@ -108,6 +110,15 @@ def test_read_table_names_file_column_and_value(tmp_path, change, message):
     with pytest.raises(DataError) as error:
         read_table(tmp_path, columns.CELLS)
     assert f"{tmp_path / 'cells.csv'}: {message}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_read_table_refuses_text_that_is_not_utf8(tmp_path):
+    """pandas reads it, and whoever looks at a value of it fails."""
+    table = pa.table(EFFECTS[columns.EFFECTS.names])
+    damaged = pa.array([b"\xff"] * len(table), pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(table.column_names.index("cell"), "cell", damaged), tmp_path / "effects.parquet")
+    with pytest.raises(DataError, match=r"effects\.parquet cannot be read \(.*[Ii]nvalid UTF8"):
+        read_table(tmp_path, columns.EFFECTS)
 
 
 def test_read_table_takes_an_empty_word_only_where_the_column_is_optional(tmp_path):

@@ -37,6 +37,10 @@ class Document:
     name: str
     text: str
 
+    def __post_init__(self) -> None:
+        # The name of a file may hold bytes that are not UTF-8, which no table can hold.
+        object.__setattr__(self, "name", self.name.encode("utf-8", "backslashreplace").decode())
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -139,12 +143,20 @@ def text_of(value: object, where: str, column: str) -> str:
     """The text of a row; a null is an empty document, which is skipped later.
 
     Raises:
-        DataError: The row holds something else.
+        DataError: The row holds something else, or half a surrogate pair, which JSON can spell and UTF-8 cannot.
     """
     if value is None:
         return ""
     if not isinstance(value, str):
         raise DataError(f"{where}: {column!r} holds {type(value).__name__}, not text; set data.text_column")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(value[error.start]):04X}"
+        raise DataError(
+            f"{where}: {column!r} holds the lone surrogate {half} at character {error.start}; replace it or leave the "
+            "row out"
+        ) from error
     return value
 
 
@@ -190,8 +202,14 @@ def _read_parquet(file: SourceFile, column: str, after: int) -> Iterator[tuple[i
             else:
                 wanted.append(index)
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, row_groups=wanted, columns=[column]):
-            for value in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 number += 1
                 if number > after:
-                    text = text_of(value, f"{file.path}, row {number}", column)
+                    where = f"{file.path}, row {number}"
+                    try:
+                        text = text_of(value.as_py(), where, column)
+                    except UnicodeDecodeError as error:
+                        raise DataError(
+                            f"{where}: {column!r} is not UTF-8 at byte {error.start}; convert it or leave the row out"
+                        ) from error
                     yield number, Document(f"{file.name}:{number}", text)

@@ -146,6 +146,11 @@ class _Rows:
                 read = [row.get(name) for name in (self._stream.name_column, self._stream.column)]
                 self._behind.append((self._at, _digest(read)))
                 self._at = self._library.state_dict()
+            except UnicodeError as error:
+                raise DataError(
+                    f"{self._stream.name}: text behind row {self.count} is not UTF-8 ({one_line(error)}); give another "
+                    "data set or revision"
+                ) from error
             except (OSError, ValueError) as error:
                 raise DataError(
                     f"{self._stream.name}: reading stopped after row {self.count} ({one_line(error, most=200)}); run "

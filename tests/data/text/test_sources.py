@@ -1,6 +1,7 @@
 """Documents from files and from the interpreter, and what is refused."""
 
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def test_file_stream_stops_before_max_bytes(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"body": "x"}', r"line 1: no 'text' in \['body'\]; set data.text_column"),
         ("a.jsonl", b'{"text": 3}', "line 1: 'text' holds int, not text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a \\ud800"}', r"line 2: 'text' holds the lone surrogate U\+D800 at"),
         ("a.txt", b"ok \xff", "a.txt: not UTF-8 at byte 3"),
         ("a.parquet", b"no", "a.parquet: not a parquet file"),
         ("a.pdf", b"no", r"cannot read .*a.pdf; expected one of .txt, .jsonl, .parquet"),
@@ -84,6 +86,19 @@ def test_file_stream_names_a_missing_parquet_column(tmp_path):
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no column 'text' in \['body'\]; set data.text_column"):
         texts_of(files(tmp_path / "a.parquet"))
+
+
+def test_file_stream_names_the_row_of_a_parquet_file_that_is_not_utf8(tmp_path):
+    damaged = pa.array([b"fine", b"a \xff", b"fine"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": damaged}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet, row 2: 'text' is not UTF-8 at byte 2; convert it or leave the row"):
+        texts_of(files(tmp_path / "a.parquet"))
+
+
+def test_document_of_a_file_whose_name_is_not_utf8_has_a_name_that_tables_hold(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
+        file.write("text")
+    assert documents_of(files(tmp_path)) == [Document(r"\udcff.txt", "text")]
 
 
 def test_prepare_without_text_is_a_data_error(tmp_path):

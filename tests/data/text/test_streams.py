@@ -110,6 +110,19 @@ def test_hub_stream_refuses_a_data_set_that_is_another_one_by_now(documents, mon
             list(HubStream("some/set").read(state))
 
 
+def test_hub_stream_names_the_row_that_is_not_utf8(tmp_path, monkeypatch):
+    damaged = pa.array([b"fine", b"a \xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": damaged}), tmp_path / "rows.parquet")
+    file = {"data_files": str(tmp_path / "rows.parquet"), "cache_dir": str(tmp_path)}
+    rows = datasets.load_dataset("parquet", split="train", streaming=True, **file)
+    monkeypatch.setattr(streams, "load_hub", lambda *_: rows)
+    with pytest.raises(DataError, match="some/set: text behind row 1 is not UTF-8 .*; give another data set"):
+        list(HubStream("some/set").read(None))
+    monkeypatch.setattr(streams, "load_hub", lambda *_: Forgetful(["fine", "a \ud800"]))
+    with pytest.raises(DataError, match=r"some/set, row 2: 'text' holds the lone surrogate U\+D800 at character 2"):
+        list(HubStream("some/set").read(None))
+
+
 def test_datasets_that_lose_their_place_are_out_of_range():
     with (Path(__file__).parents[3] / "pyproject.toml").open("rb") as file:
         wanted = map(Requirement, tomllib.load(file)["project"]["dependencies"])
