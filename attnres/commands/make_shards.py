@@ -16,6 +16,7 @@ from pathlib import Path
 from attnres.commands.door import parsed_command
 from attnres.data.config import MIN_VOCAB_SIZE, DataConfig
 from attnres.data.corpus.make_shards import Job, ShardsConfig, make_shards
+from attnres.data.text.sources import log_left_out
 from attnres.data.text.streams import FileStream, HubStream, Stream, resolve_revision
 from attnres.errors import ConfigError, DataError, one_line
 from attnres.files.whole_files import read_object, storage_errors, write_text
@@ -60,7 +61,10 @@ def _find_tokenizer(given: str) -> str:
 
 def _stream(given: Namespace) -> Stream:
     if given.paths:
-        return FileStream(DataConfig(source="files", paths=tuple(given.paths), text_column=given.text_column))
+        chosen = {"paths": tuple(given.paths), "suffixes": tuple(given.suffixes), "text_column": given.text_column}
+        files = DataConfig(source="files", **chosen)
+        log_left_out(files)
+        return FileStream(files)
     name, config = given.hub, given.hub_config
     if name is None:
         name, config = FINEWEB_EDU[0], config or FINEWEB_EDU[1]
@@ -95,7 +99,8 @@ def _parser() -> ArgumentParser:
     add("--out", type=Path, required=True, help="folder to make")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--hub", help="a Hugging Face data set; default HuggingFaceFW/fineweb-edu, sample-10BT")
-    source.add_argument("--paths", nargs="+", help=".txt, .jsonl or .parquet files, folders of them, or globs")
+    source.add_argument("--paths", nargs="+", help="files (.txt, .jsonl, .json, .csv, .parquet), folders or globs")
+    add("--suffixes", nargs="+", default=[], help="which files of a folder are read, such as .md .py, which are text")
     add("--hub-config", help="configuration of the data set")
     add("--hub-split", default="train", help="split of the data set")
     add("--revision", default="main", help="branch, tag or commit of the data set")

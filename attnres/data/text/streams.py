@@ -41,7 +41,7 @@ class Stream(ABC):
 
 @dataclass(frozen=True)
 class FileStream(Stream):
-    """Files: `.txt` and installed sources are a document each, `.jsonl` and `.parquet` a document per row.
+    """Files: texts and installed sources are a document each, the other formats hold a document per row.
 
     Attributes:
         config: Names the files; its order is that of the documents.
