@@ -17,8 +17,8 @@ from attnres.commands.door import parsed_command
 from attnres.data.config import MIN_VOCAB_SIZE, DataConfig
 from attnres.data.corpus.make_shards import Job, ShardsConfig, make_shards
 from attnres.data.text.sources import log_left_out
-from attnres.data.text.streams import FileStream, HubStream, Stream, resolve_revision
-from attnres.errors import ConfigError, DataError, one_line
+from attnres.data.text.streams import FileStream, HubStream, Stream, hub_errors, resolve_revision
+from attnres.errors import ConfigError, DataError
 from attnres.files.whole_files import read_object, storage_errors, write_text
 
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
@@ -50,13 +50,8 @@ def _find_tokenizer(given: str) -> str:
         return given
     from huggingface_hub import snapshot_download
 
-    try:
+    with hub_errors(f"--tokenizer: {given} is no file here and cannot be read from the hub", "give a tokenizer.json"):
         return snapshot_download(given, allow_patterns=["tokenizer.json", "tokenizer_config.json"])
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--tokenizer: {given} is no file here and cannot be read from the hub "
-            f"({one_line(error, most=200)}); give a tokenizer.json"
-        ) from error
 
 
 def _stream(given: Namespace) -> Stream:

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
@@ -13,7 +14,7 @@ from typing import Any
 
 from attnres.data.config import DataConfig
 from attnres.data.text.sources import Document, list_files, listing, read_file, text_of
-from attnres.errors import DataError, one_line
+from attnres.errors import AttnResError, DataError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -139,23 +140,22 @@ class _Rows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
-            try:
-                row = next(self._rows, None)
-                if row is None:
-                    return
-                read = [row.get(name) for name in (self._stream.name_column, self._stream.column)]
-                self._behind.append((self._at, _digest(read)))
-                self._at = self._library.state_dict()
-            except UnicodeError as error:
-                raise DataError(
-                    f"{self._stream.name}: text behind row {self.count} is not UTF-8 ({one_line(error)}); give another "
-                    "data set or revision"
-                ) from error
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"{self._stream.name}: reading stopped after row {self.count} ({one_line(error, most=200)}); run "
-                    "the same command again to go on from there"
-                ) from error
+            name = self._stream.name
+            with hub_errors(
+                f"{name}: reading stopped after row {self.count}", "run the same command again to go on from there"
+            ):
+                try:
+                    row = next(self._rows, None)
+                except UnicodeError as error:
+                    raise DataError(
+                        f"{name}: text behind row {self.count} is not UTF-8 ({one_line(error)}); give another data set "
+                        "or revision"
+                    ) from error
+            if row is None:
+                return
+            read = [row.get(column) for column in (self._stream.name_column, self._stream.column)]
+            self._behind.append((self._at, _digest(read)))
+            self._at = self._library.state_dict()
             self.count += 1
             yield row
 
@@ -201,6 +201,9 @@ def _digest(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()
 
 
+_NO_HUB = "check the name and the network, or give local files with --paths"
+
+
 def load_hub(name: str, config: str | None, split: str, revision: str) -> Any:
     """The rows of a data set on the hub, as `datasets` streams them: in order, and with an exact position.
 
@@ -209,13 +212,8 @@ def load_hub(name: str, config: str | None, split: str, revision: str) -> Any:
     """
     import datasets
 
-    try:
+    with hub_errors(f"{name}: cannot be read from the hub", _NO_HUB):
         return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{name}: cannot be read from the hub ({one_line(error, most=200)}); check the name and the "
-            "network, or give local files with --paths"
-        ) from error
 
 
 def resolve_revision(name: str, revision: str) -> str:
@@ -226,10 +224,20 @@ def resolve_revision(name: str, revision: str) -> str:
     """
     import huggingface_hub
 
-    try:
+    with hub_errors(f"{name}: cannot be found on the hub", _NO_HUB):
         return str(huggingface_hub.HfApi().dataset_info(name, revision=revision).sha)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{name}: cannot be found on the hub ({one_line(error, most=200)}); check the name and the "
-            "network, or give local files with --paths"
-        ) from error
+
+
+@contextmanager
+def hub_errors(what: str, remedy: str) -> Iterator[None]:
+    """What a hub's client raises, as one line. It has no common base: an httpx error is no OSError and no ValueError.
+
+    Raises:
+        DataError: `{what} ({the client's error}); {remedy}`.
+    """
+    try:
+        yield
+    except AttnResError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what} ({type(error).__name__}: {one_line(error, most=200)}); {remedy}") from error

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -430,3 +432,20 @@ def test_make_shards_from_a_hub_pins_the_revision_that_it_began_with(
     assert made.manifest["source"]["revision"] == "first"
     assert made.fingerprint == other.fingerprint
     assert made.names[0] == "HuggingFaceFW/fineweb-edu:1"
+
+
+def test_make_shards_from_a_hub_that_breaks_off_ends_with_3_and_keeps_what_it_read(corpus, tmp_path):
+    """The clients themselves, against a server on this machine; what they raise differs with place and version."""
+    script = [sys.executable, str(Path(__file__).parents[1] / "broken_hub.py"), str(tmp_path)]
+    ended = subprocess.run([*script, str(corpus.tokenizer_path)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = {phase: (code, len(lines), kept) for phase, code, lines, kept in json.loads(ended.stdout)}
+    assert found == {
+        "commit": (3, 1, 0), "listing": (3, 1, 0), "file": (3, 1, 3), "whole": (0, 0, 0), "tokenizer": (3, 1, 0),
+        "gone": (3, 1, 0),
+    }  # fmt: skip
+    said = {phase: "".join(lines) for phase, _, lines, _ in json.loads(ended.stdout)}
+    assert "some/set: reading stopped after row 60 (" in said["file"]
+    assert "run the same command again to go on from there" in said["file"]
+    assert "some/set: cannot be found on the hub (ConnectError: " in said["gone"]
+    assert open_corpus(tmp_path / "out").names == [f"some/set:{number}" for number in range(1, 121)]
