@@ -223,6 +223,24 @@ def test_make_shards_finds_a_damaged_chunk(make, tmp_path, monkeypatch):
         make(tmp_path / "out")
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"text"])
+def test_make_shards_finds_damaged_splits(make, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(builder, "scatter", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out")
+    path = tmp_path / "out.building" / "splits.npy"
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path} is damaged; delete {tmp_path / 'out.building'}"):
+        make(tmp_path / "out")
+    np.save(path, np.zeros(3, np.int8))
+    with pytest.raises(DataError, match=f"{path} is damaged; delete {tmp_path / 'out.building'}"):
+        make(tmp_path / "out")
+    path.write_bytes(whole)
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out")
+
+
 def test_make_shards_leaves_out_by_name_what_is_too_long_and_what_is_excluded(make, shards, documents, tmp_path):
     longest = max(len(text.encode()) for text in documents)
     made = open_corpus(make(tmp_path / "short", config=dataclasses.replace(CONFIG, max_document_bytes=longest - 1)))
