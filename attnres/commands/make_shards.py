@@ -15,11 +15,11 @@ from pathlib import Path
 
 from attnres.commands.door import parsed_command
 from attnres.data.config import MIN_VOCAB_SIZE, DataConfig
-from attnres.data.corpus.make_shards import Job, ShardsConfig, make_shards
+from attnres.data.corpus.make_shards import Job, ShardsConfig, make_shards, making
 from attnres.data.text.sources import log_left_out
 from attnres.data.text.streams import FileStream, HubStream, Stream, hub_errors, resolve_revision
 from attnres.errors import ConfigError, DataError
-from attnres.files.whole_files import read_object, storage_errors, write_text
+from attnres.files.whole_files import read_object, write_text
 
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
@@ -63,7 +63,8 @@ def _stream(given: Namespace) -> Stream:
     name, config = given.hub, given.hub_config
     if name is None:
         name, config = FINEWEB_EDU[0], config or FINEWEB_EDU[1]
-    commit = _commit(given.out, name, given.revision)
+    with making(given.out):
+        commit = _commit(given.out, name, given.revision)
     return HubStream(name, config, given.hub_split, revision=commit, column=given.text_column)
 
 
@@ -79,9 +80,7 @@ def _commit(out: Path, name: str, revision: str) -> str:
         if isinstance(known.get(asked), str):
             return known[asked]
     commit = resolve_revision(name, revision)
-    with storage_errors(remembered, "free space or fix the folder, the same command goes on"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(remembered, json.dumps({asked: commit}))
+    write_text(remembered, json.dumps({asked: commit}))
     return commit
 
 

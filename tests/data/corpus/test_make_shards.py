@@ -452,6 +452,16 @@ def test_make_shards_from_a_hub_pins_the_revision_that_it_began_with(
     assert made.names[0] == "HuggingFaceFW/fineweb-edu:1"
 
 
+def test_make_shards_keeps_the_commit_of_a_process_that_is_at_work(corpus, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(make_shards, "_LOCK_SECONDS", 0)
+    monkeypatch.setattr(command, "resolve_revision", lambda *_: "moved")
+    (tmp_path / "out.revision").write_text('{"some/set@main": "first"}')
+    with make_shards.making(tmp_path / "out"):
+        assert command.main(words_of(corpus, tmp_path / "out", "--hub some/set --revision other").split()) == 2
+    assert "is being made by another process" in capfd.readouterr().err
+    assert json.loads((tmp_path / "out.revision").read_text()) == {"some/set@main": "first"}
+
+
 def test_make_shards_from_a_hub_that_breaks_off_ends_with_3_and_keeps_what_it_read(corpus, tmp_path):
     """The clients themselves, against a server on this machine; what they raise differs with place and version."""
     script = [sys.executable, str(Path(__file__).parents[1] / "broken_hub.py"), str(tmp_path)]
