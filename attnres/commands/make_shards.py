@@ -15,10 +15,11 @@ from pathlib import Path
 
 from attnres.commands.door import parsed_command
 from attnres.data.config import MIN_VOCAB_SIZE, DataConfig
-from attnres.data.corpus.make_shards import Job, ShardsConfig, make_shards
-from attnres.data.text.streams import FileStream, HubStream, Stream, resolve_revision
-from attnres.errors import ConfigError, DataError, one_line
-from attnres.files.whole_files import read_object, storage_errors, write_text
+from attnres.data.corpus.make_shards import Job, ShardsConfig, make_shards, making
+from attnres.data.text.sources import log_left_out
+from attnres.data.text.streams import FileStream, HubStream, Stream, hub_errors, resolve_revision
+from attnres.errors import ConfigError, DataError
+from attnres.files.whole_files import read_object, write_text
 
 FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
@@ -49,22 +50,21 @@ def _find_tokenizer(given: str) -> str:
         return given
     from huggingface_hub import snapshot_download
 
-    try:
+    with hub_errors(f"--tokenizer: {given} is no file here and cannot be read from the hub", "give a tokenizer.json"):
         return snapshot_download(given, allow_patterns=["tokenizer.json", "tokenizer_config.json"])
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--tokenizer: {given} is no file here and cannot be read from the hub "
-            f"({one_line(error, most=200)}); give a tokenizer.json"
-        ) from error
 
 
 def _stream(given: Namespace) -> Stream:
     if given.paths:
-        return FileStream(DataConfig(source="files", paths=tuple(given.paths), text_column=given.text_column))
+        chosen = {"paths": tuple(given.paths), "suffixes": tuple(given.suffixes), "text_column": given.text_column}
+        files = DataConfig(source="files", **chosen)
+        log_left_out(files)
+        return FileStream(files)
     name, config = given.hub, given.hub_config
     if name is None:
         name, config = FINEWEB_EDU[0], config or FINEWEB_EDU[1]
-    commit = _commit(given.out, name, given.revision)
+    with making(given.out):
+        commit = _commit(given.out, name, given.revision)
     return HubStream(name, config, given.hub_split, revision=commit, column=given.text_column)
 
 
@@ -80,9 +80,7 @@ def _commit(out: Path, name: str, revision: str) -> str:
         if isinstance(known.get(asked), str):
             return known[asked]
     commit = resolve_revision(name, revision)
-    with storage_errors(remembered, "free space or fix the folder, the same command goes on"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(remembered, json.dumps({asked: commit}))
+    write_text(remembered, json.dumps({asked: commit}))
     return commit
 
 
@@ -95,7 +93,8 @@ def _parser() -> ArgumentParser:
     add("--out", type=Path, required=True, help="folder to make")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--hub", help="a Hugging Face data set; default HuggingFaceFW/fineweb-edu, sample-10BT")
-    source.add_argument("--paths", nargs="+", help=".txt, .jsonl or .parquet files, folders of them, or globs")
+    source.add_argument("--paths", nargs="+", help="files (.txt, .jsonl, .json, .csv, .parquet), folders or globs")
+    add("--suffixes", nargs="+", default=[], help="which files of a folder are read, such as .md .py, which are text")
     add("--hub-config", help="configuration of the data set")
     add("--hub-split", default="train", help="split of the data set")
     add("--revision", default="main", help="branch, tag or commit of the data set")

@@ -1,5 +1,6 @@
 """What decides a corpus and how it is cut into windows."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,13 @@ class DataConfig:
         source: "pystdlib" (the interpreter's standard library), "pyenv" (the installed packages), "files", or
             "prepared" (folders of token shards). The splits and the tokenizer of a prepared folder were decided when
             it was made.
-        paths: For "files": `.txt`, `.jsonl` or `.parquet` files, folders of them, or globs. For "prepared": folders
-            that `python -m attnres.commands.make_shards` or an earlier run made.
+        paths: For "files": files, folders of them, or globs; `attnres/data/README.md` lists what is read. For
+            "prepared": folders that `python -m attnres.commands.make_shards` or an earlier run made.
+        suffixes: For "files": which files of a folder are read, such as (".md", ".py"); those of no format known here
+            are text. None given: the known formats.
         weights: Shares of the training windows that come from each of several prepared folders; they are made to sum
             to 1.
-        text_column: For "files": the field of a `.jsonl` or `.parquet` row that holds the text.
+        text_column: For "files": the field of a row (JSON, CSV, parquet) that holds the text.
         vocab_size: Most entries of the byte-level BPE that is trained on the train split.
         tokenizer: A `tokenizer.json`, or a folder holding one, to use instead of training; then
             `vocab_size` is ignored. With "prepared": the tokenizer that the folders must have.
@@ -47,6 +50,7 @@ class DataConfig:
     paths: tuple[str, ...] = ()
     # A run on one set keeps the name that it had before sets could be mixed.
     weights: tuple[float, ...] = key((), as_before=())
+    suffixes: tuple[str, ...] = key((), as_before=())
     text_column: str = "text"
     vocab_size: int = 2048
     tokenizer: str | None = None
@@ -73,6 +77,7 @@ class DataConfig:
                 f"data.paths: expected none with data.source={self.source}, got {list(self.paths)}; "
                 "set data.source=files or prepared to read them"
             )
+        self._check_suffixes()
         self._check_weights()
         self._check_integer("vocab_size", MIN_VOCAB_SIZE)
         self._check_integer("sequence_length", 1)
@@ -93,6 +98,16 @@ class DataConfig:
     def held_out(self) -> tuple[float, ...]:
         """Fractions of the splits that are not trained on, in the order of `SPLITS[1:]`."""
         return tuple(getattr(self, name) for name in SPLITS[1:])
+
+    def _check_suffixes(self) -> None:
+        if isinstance(self.suffixes, str) or not isinstance(self.suffixes, Sequence):
+            raise ConfigError(f"data.suffixes: expected a list, got {self.suffixes!r}; write [{self.suffixes}]")
+        object.__setattr__(self, "suffixes", tuple(str(suffix).lower() for suffix in self.suffixes))
+        if self.suffixes and self.source != "files":
+            raise ConfigError(f"data.suffixes: expected none with data.source={self.source}; leave it out")
+        for suffix in self.suffixes:
+            if not re.fullmatch(r"\.[^./\s]+", suffix):
+                raise ConfigError(f"data.suffixes: expected endings such as .md, got {suffix!r}")
 
     def _check_weights(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

@@ -16,7 +16,7 @@ from attnres.data.config import DataConfig
 from attnres.data.corpus.builder import Recipe, build, publish
 from attnres.data.corpus.folder import Corpus, open_corpus
 from attnres.data.corpus.manifest import FORMAT, MANIFEST, write_manifest
-from attnres.data.text.sources import listing
+from attnres.data.text.sources import listing, log_left_out
 from attnres.data.text.streams import FileStream
 from attnres.data.text.tokenizer import find_tokenizer
 from attnres.data.windows.mixing import mixture
@@ -109,6 +109,7 @@ def _tokenizer_identity(config: DataConfig) -> list[str] | None:
 def _build_in_place_of(final: Path, config: DataConfig) -> None:
     """Builds beside `final` and renames. The caller holds the lock: an older attempt here was killed."""
     logger.info("preparing data.source=%s; later runs reuse it", config.source)
+    log_left_out(config)
     recipe = Recipe(
         stream=FileStream(config),
         seed=config.seed,

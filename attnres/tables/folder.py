@@ -7,6 +7,7 @@ what a judgement needs, and `attnres.report.tables.Tables`, what a report needs.
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ AGAIN = "run the probe again, or name the folder that it wrote"
 # A table compresses: a file of a few bytes may claim any number of rows.
 _MOST_ROWS = 100_000_000
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
-_NO_NUMBER = ["", "nan", "NaN"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_table(folder: Path, table: Table, only: Sequence[str] = ()) -> pd.DataF
     if not path.is_file():
         raise DataError(f"{path} is missing: {AGAIN}")
     try:
-        frame = _read_parquet(path, only) if path.suffix == ".parquet" else _read_text(path, described)
+        frame = _read_parquet(path, only) if path.suffix == ".parquet" else _read_text(path)
     except (ValueError, OSError) as error:  # pandas' parser errors and pyarrow's are ValueErrors
         raise DataError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
     for column in described:
@@ -120,16 +120,18 @@ def read_table(folder: Path, table: Table, only: Sequence[str] = ()) -> pd.DataF
 def _read_parquet(path: Path, only: Sequence[str]) -> pd.DataFrame:
     with parquet.ParquetFile(path) as file:
         rows, present = file.metadata.num_rows, file.schema_arrow.names
-    if rows > _MOST_ROWS:
-        raise ValueError(f"{rows:,} rows, at most {_MOST_ROWS:,} are read")
-    return pd.read_parquet(path, columns=[name for name in only if name in present] if only else None)
+        if rows > _MOST_ROWS:
+            raise ValueError(f"{rows:,} rows, at most {_MOST_ROWS:,} are read")
+        wanted = [name for name in only or present if name in present]
+        # Text that is not UTF-8 would be noticed later, by whoever looks at it.
+        file.read(columns=wanted).validate(full=True)
+    return pd.read_parquet(path, columns=wanted)
 
 
-def _read_text(path: Path, described: Sequence[Column]) -> pd.DataFrame:
-    # A model may be called NA or nan: in texts, nothing stands for a missing value.
-    texts = {column.name: str for column in described if column.type == "text"}
-    numbers = {column.name: _NO_NUMBER for column in described if column.type in ("integer", "number")}
-    return pd.read_csv(path, keep_default_na=False, na_values=numbers, dtype=texts, low_memory=False)
+def _read_text(path: Path) -> pd.DataFrame:
+    # Everything as text, which `_typed` converts: a model may be called NA or nan, and before version 3.1 pandas reads
+    # numbers one digit short unless `float_precision` is given, which is deprecated from that version on.
+    return pd.read_csv(path, dtype=str, keep_default_na=False, low_memory=False)
 
 
 def _typed(values: pd.Series, column: Column, path: Path) -> pd.Series:
@@ -149,9 +151,18 @@ def _typed(values: pd.Series, column: Column, path: Path) -> pd.Series:
     if values.dtype.kind in "iuf":
         return values
     try:
-        return pd.to_numeric(values)
+        return _numbers(values)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: column '{column.name}' holds something that is not a number: {AGAIN}") from error
+
+
+def _numbers(values: pd.Series) -> pd.Series:
+    """Texts and other objects as Python reads them, every digit kept: integers where all are, else floats."""
+    texts = values.astype(object).where(values.ne(""), "nan")
+    if len(texts) and all(isinstance(text, str) and text.lstrip("-").isdigit() for text in texts):
+        with suppress(OverflowError):
+            return texts.astype("int64")
+    return texts.astype("float64")
 
 
 def read_described(folder: Path, name: str, older: bool = False) -> dict[str, Any]:

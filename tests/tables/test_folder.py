@@ -1,8 +1,12 @@
 """A probe's folder: tables are written and read by their columns, and the page of columns is made of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from attnres.errors import DataError
@@ -63,11 +67,28 @@ def test_read_table_gives_back_what_write_table_wrote(tmp_path, table, frame):
     read = read_table(tmp_path, table)
     for name in table.names:
         if name in frame:
-            expected = frame[name].to_numpy()
-            if frame[name].dtype.kind == "f":
-                np.testing.assert_allclose(read[name], expected, rtol=1e-15)
-            else:
-                assert read[name].tolist() == expected.tolist()
+            # As Python writes them: every digit counts, and whether a number is an integer.
+            assert list(map(repr, read[name].tolist())) == list(map(repr, frame[name].tolist()))
+
+
+def test_read_table_keeps_every_digit_whatever_the_parser_of_the_installed_pandas(tmp_path, monkeypatch):
+    """Before version 3.1, pandas reads a fifth of all numbers from text one digit short."""
+    numbers = [0.1 + 0.2, 1e-300, -2 / 3, 1 / 3, float("nan")]
+    frame = CELLS.head(5).assign(dnll=numbers)
+    write_table(tmp_path, columns.CELLS, frame)
+    frame.assign(dnll=list(map(repr, numbers)))[["model", "dnll"]].to_parquet(tmp_path / "cells.parquet")
+    parse, to_numeric = pd.read_csv, pd.to_numeric
+
+    def one_digit_short(read):
+        floats = read.select_dtypes("float64") if isinstance(read, pd.DataFrame) else read
+        short = np.nextafter(floats, 0)
+        return read.assign(**short) if isinstance(read, pd.DataFrame) else short
+
+    monkeypatch.setattr(pd, "read_csv", lambda *given, **options: one_digit_short(parse(*given, **options)))
+    monkeypatch.setattr(pd, "to_numeric", lambda values: one_digit_short(to_numeric(values)))
+    np.testing.assert_array_equal(read_table(tmp_path, columns.CELLS)["dnll"], numbers)
+    read = read_table(tmp_path, replace(columns.CELLS, name="cells.parquet"), only=["dnll"])
+    np.testing.assert_array_equal(read["dnll"], numbers)
 
 
 def test_read_table_keeps_names_that_look_like_no_value(tmp_path):
@@ -89,6 +110,15 @@ def test_read_table_names_file_column_and_value(tmp_path, change, message):
     with pytest.raises(DataError) as error:
         read_table(tmp_path, columns.CELLS)
     assert f"{tmp_path / 'cells.csv'}: {message}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_read_table_refuses_text_that_is_not_utf8(tmp_path):
+    """pandas reads it, and whoever looks at a value of it fails."""
+    table = pa.table(EFFECTS[columns.EFFECTS.names])
+    damaged = pa.array([b"\xff"] * len(table), pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(table.column_names.index("cell"), "cell", damaged), tmp_path / "effects.parquet")
+    with pytest.raises(DataError, match=r"effects\.parquet cannot be read \(.*[Ii]nvalid UTF8"):
+        read_table(tmp_path, columns.EFFECTS)
 
 
 def test_read_table_takes_an_empty_word_only_where_the_column_is_optional(tmp_path):

@@ -30,7 +30,17 @@ from attnres import faults
 from attnres.data.config import SPLITS
 from attnres.data.corpus import manifest as manifests
 from attnres.data.corpus import splits as splitting
-from attnres.data.corpus.chunks import RECORD, Chunk, Chunks, Encoder, committed, read_chunks, read_own, write_chunk
+from attnres.data.corpus.chunks import (
+    RECORD,
+    Chunk,
+    Chunks,
+    Encoder,
+    committed,
+    damaged,
+    read_chunks,
+    read_own,
+    write_chunk,
+)
 from attnres.data.corpus.folder import open_corpus
 from attnres.data.corpus.grouping import group_near_duplicates
 from attnres.data.corpus.manifest import DOCUMENTS, FORMAT, SHARDED_FORMAT, TOKENIZER
@@ -285,7 +295,13 @@ def _split(folder: Path, chunks: Chunks, recipe: Recipe, grouped: _Grouped | Non
         write_table(folder / DOCUMENTS, chunks, groups, splits, recipe.sharded)
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, splits)
-    return np.load(path)
+    try:
+        splits = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(path, folder) from error
+    if not isinstance(splits, np.ndarray) or splits.shape != (chunks.firsts[-1],) or splits.dtype != np.int8:
+        raise damaged(path, folder)
+    return splits
 
 
 def _manifest(

@@ -9,6 +9,8 @@ and a few chunks of 4 MB until the chunks are scattered.
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,22 +143,34 @@ def make_shards(out: Path, job: Job, workers: int = 1, command: str = "") -> Pat
     """
     plain = job.plain()
     building = out.with_name(f"{out.name}.building")
+    with making(out):
+        if (out / MANIFEST).is_file():
+            _check_complete(out, plain)
+            logger.info("%s is already complete", out)
+            return out
+        if out.exists():
+            raise ConfigError(f"{out} exists and is not a folder of token shards; give another --out")
+        building.mkdir(parents=True, exist_ok=True)
+        _check_begun(building, plain)
+        if not (building / MANIFEST).is_file():
+            _make(building, job, plain, workers, command)
+        publish(building, out)
+    return out
+
+
+@contextmanager
+def making(out: Path) -> Iterator[None]:
+    """Holds the lock of a folder: nobody else writes it, or what lies beside it under its name.
+
+    Raises:
+        ConfigError: Another process holds it.
+        StorageError: The disk is full or cannot be written.
+    """
     busy = f"{out} is being made by another process; wait for it or give another --out"
     with storage_errors(out, "free space or fix the folder, the same command goes on"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(out.with_name(f"{out.name}.lock"), busy, _LOCK_SECONDS):
-            if (out / MANIFEST).is_file():
-                _check_complete(out, plain)
-                logger.info("%s is already complete", out)
-                return out
-            if out.exists():
-                raise ConfigError(f"{out} exists and is not a folder of token shards; give another --out")
-            building.mkdir(parents=True, exist_ok=True)
-            _check_begun(building, plain)
-            if not (building / MANIFEST).is_file():
-                _make(building, job, plain, workers, command)
-            publish(building, out)
-    return out
+            yield
 
 
 def _make(building: Path, job: Job, plain: dict[str, Any], workers: int, command: str) -> None:

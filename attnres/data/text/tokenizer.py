@@ -93,7 +93,10 @@ def end_of_text_id(tokenizer: Tokenizer, file: Path) -> int:
             raise DataError(f"{beside}: unreadable ({error}); restore it or leave it out") from error
         names.append(named.get("content") if isinstance(named, dict) else named)
     for name in names:
-        if isinstance(name, str) and (token := tokenizer.token_to_id(name)) is not None:
+        # Half a surrogate pair is the name of no token, and the library takes none.
+        if not isinstance(name, str) or name.encode("utf-8", "ignore").decode() != name:
+            continue
+        if (token := tokenizer.token_to_id(name)) is not None:
             return token
     raise DataError(f"{file}: no {EOS_TOKEN} token, nor an eos_token in {beside.name} beside it; add one")
 

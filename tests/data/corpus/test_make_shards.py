@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +223,24 @@ def test_make_shards_finds_a_damaged_chunk(make, tmp_path, monkeypatch):
         make(tmp_path / "out")
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"text"])
+def test_make_shards_finds_damaged_splits(make, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(builder, "scatter", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out")
+    path = tmp_path / "out.building" / "splits.npy"
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path} is damaged; delete {tmp_path / 'out.building'}"):
+        make(tmp_path / "out")
+    np.save(path, np.zeros(3, np.int8))
+    with pytest.raises(DataError, match=f"{path} is damaged; delete {tmp_path / 'out.building'}"):
+        make(tmp_path / "out")
+    path.write_bytes(whole)
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "out")
+
+
 def test_make_shards_leaves_out_by_name_what_is_too_long_and_what_is_excluded(make, shards, documents, tmp_path):
     longest = max(len(text.encode()) for text in documents)
     made = open_corpus(make(tmp_path / "short", config=dataclasses.replace(CONFIG, max_document_bytes=longest - 1)))
@@ -430,3 +450,30 @@ def test_make_shards_from_a_hub_pins_the_revision_that_it_began_with(
     assert made.manifest["source"]["revision"] == "first"
     assert made.fingerprint == other.fingerprint
     assert made.names[0] == "HuggingFaceFW/fineweb-edu:1"
+
+
+def test_make_shards_keeps_the_commit_of_a_process_that_is_at_work(corpus, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(make_shards, "_LOCK_SECONDS", 0)
+    monkeypatch.setattr(command, "resolve_revision", lambda *_: "moved")
+    (tmp_path / "out.revision").write_text('{"some/set@main": "first"}')
+    with make_shards.making(tmp_path / "out"):
+        assert command.main(words_of(corpus, tmp_path / "out", "--hub some/set --revision other").split()) == 2
+    assert "is being made by another process" in capfd.readouterr().err
+    assert json.loads((tmp_path / "out.revision").read_text()) == {"some/set@main": "first"}
+
+
+def test_make_shards_from_a_hub_that_breaks_off_ends_with_3_and_keeps_what_it_read(corpus, tmp_path):
+    """The clients themselves, against a server on this machine; what they raise differs with place and version."""
+    script = [sys.executable, str(Path(__file__).parents[1] / "broken_hub.py"), str(tmp_path)]
+    ended = subprocess.run([*script, str(corpus.tokenizer_path)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = {phase: (code, len(lines), kept) for phase, code, lines, kept in json.loads(ended.stdout)}
+    assert found == {
+        "commit": (3, 1, 0), "listing": (3, 1, 0), "file": (3, 1, 3), "whole": (0, 0, 0), "tokenizer": (3, 1, 0),
+        "gone": (3, 1, 0),
+    }  # fmt: skip
+    said = {phase: "".join(lines) for phase, _, lines, _ in json.loads(ended.stdout)}
+    assert "some/set: reading stopped after row 60 (" in said["file"]
+    assert "run the same command again to go on from there" in said["file"]
+    assert "some/set: cannot be found on the hub (ConnectError: " in said["gone"]
+    assert open_corpus(tmp_path / "out").names == [f"some/set:{number}" for number in range(1, 121)]

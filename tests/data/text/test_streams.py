@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from packaging.requirements import Requirement
 
 from attnres.data import DataConfig
 from attnres.data.text import streams
@@ -38,7 +40,7 @@ def test_file_stream_goes_on_behind_any_document(documents, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_hub_stream_goes_on_behind_any_document(documents, tmp_path, monkeypatch, suffix):
+def test_hub_stream_goes_on_behind_any_document(documents, tmp_path, monkeypatch, suffix, caplog):
     """The library's own streaming, on a file in place of the hub."""
     table = pa.table({"id": [f"urn:{number}" for number in range(len(documents))], "text": documents})
     if suffix == "parquet":
@@ -63,5 +65,66 @@ def test_hub_stream_goes_on_behind_any_document(documents, tmp_path, monkeypatch
         assert [document for document, _ in rest] == [document for document, _ in whole[at + 1 :]]
         again = stream.read(json.loads(json.dumps(rest[10][1]))) if len(rest) > 10 else ()
         assert [document for document, _ in again] == [document for document, _ in rest[11:]]
+    assert "read again" not in caplog.text
     with pytest.raises(DataError, match="some/set: no column 'body' in .*set --text-column"):
         next(iter(dataclasses.replace(stream, column="body").read(None)))
+
+
+class Forgetful:
+    """Rows of a library that begins anew where it should go on."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __iter__(self):
+        return ({"text": text} for text in self.texts)
+
+    def state_dict(self):
+        return {"row": "whatever"}
+
+    def load_state_dict(self, state):
+        assert state == {"row": "whatever"}
+
+
+@pytest.mark.parametrize("stop", [3, 40, 100])
+def test_hub_stream_does_not_trust_the_position_of_the_library(documents, monkeypatch, caplog, stop):
+    """datasets 5.0.0 begins at row 0 when it goes on for the second time."""
+    texts = ["", *documents, *documents[:50]]
+    monkeypatch.setattr(streams, "load_hub", lambda *_: Forgetful(texts))
+    stream = HubStream("some/set")
+    whole = [(document, json.loads(json.dumps(state))) for document, state in stream.read(None)]
+    assert [document.text for document, _ in whole] == texts
+    assert list(stream.read(whole[stop][1])) == whole[stop + 1 :]
+    slow = f"does not find row {stop + 1} again; the rows before it are read again and counted"
+    assert (slow in caplog.text) == (stop >= streams._ROWS_COMPARED)
+    # What an earlier version kept names the rows and holds no digest of them.
+    assert list(stream.read([{"row": "whatever"}, stop + 1])) == whole[stop + 1 :]
+
+
+def test_hub_stream_refuses_a_data_set_that_is_another_one_by_now(documents, monkeypatch):
+    monkeypatch.setattr(streams, "load_hub", lambda *_: Forgetful(documents))
+    *_, (_, state) = HubStream("some/set").read(None)
+    for others in (documents[::-1], documents[:50]):
+        monkeypatch.setattr(streams, "load_hub", lambda *_, others=others: Forgetful(others))
+        with pytest.raises(DataError, match=f"some/set: the rows up to {len(documents)} are not those that were read"):
+            list(HubStream("some/set").read(state))
+
+
+def test_hub_stream_names_the_row_that_is_not_utf8(tmp_path, monkeypatch):
+    damaged = pa.array([b"fine", b"a \xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": damaged}), tmp_path / "rows.parquet")
+    file = {"data_files": str(tmp_path / "rows.parquet"), "cache_dir": str(tmp_path)}
+    rows = datasets.load_dataset("parquet", split="train", streaming=True, **file)
+    monkeypatch.setattr(streams, "load_hub", lambda *_: rows)
+    with pytest.raises(DataError, match="some/set: text behind row 1 is not UTF-8 .*; give another data set"):
+        list(HubStream("some/set").read(None))
+    monkeypatch.setattr(streams, "load_hub", lambda *_: Forgetful(["fine", "a \ud800"]))
+    with pytest.raises(DataError, match=r"some/set, row 2: 'text' holds the lone surrogate U\+D800 at character 2"):
+        list(HubStream("some/set").read(None))
+
+
+def test_datasets_that_lose_their_place_are_out_of_range():
+    with (Path(__file__).parents[3] / "pyproject.toml").open("rb") as file:
+        wanted = map(Requirement, tomllib.load(file)["project"]["dependencies"])
+    (specifier,) = (requirement.specifier for requirement in wanted if requirement.name == "datasets")
+    assert "5.0.0" not in specifier and "5.0.1" in specifier and "4.8.4" in specifier

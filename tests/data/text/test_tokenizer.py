@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import attnres.data.text.tokenizer
-from attnres.data.text.tokenizer import encode
+from attnres.data.text.tokenizer import encode, end_of_text_id
+from attnres.errors import DataError
 
 
 def regex_tokenizer() -> Tokenizer:
@@ -46,3 +47,9 @@ def test_encode_cuts_a_run_without_words_and_loses_nothing(corpus, monkeypatch):
     text = "abcdé" * 100 + " a word" * 30
     (ids,) = encode(corpus.tokenizer, [text])
     assert corpus.tokenizer.decode(ids.tolist()) == text
+
+
+def test_end_of_text_id_takes_no_name_that_no_token_can_have(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(DataError, match=r"no <\|endoftext\|> token, nor an eos_token in tokenizer_config.json"):
+        end_of_text_id(regex_tokenizer(), tmp_path / "tokenizer.json")
