@@ -1,33 +1,130 @@
-"""The safetensors files of a Hugging Face folder."""
+"""The safetensors files of a Hugging Face folder, and which tensor is taken from which of them."""
 
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 
 import safetensors
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from attnres.errors import CheckpointError
+from attnres.files.whole_files import read_object
+
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder; empty if it has none."""
-    single = folder / SAFE_WEIGHTS_NAME
-    if single.is_file():
-        return [single]
-    return sorted(folder.glob("model-*-of-*.safetensors")) if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() else []
+    """The files that decide the weights of a folder: one safetensors file, or an index and what it names.
+
+    What the index does not name is no part. An index whose files are gone does not count beside a single file.
+
+    Returns:
+        Empty where the folder has no weights.
+
+    Raises:
+        CheckpointError: an index that cannot be followed, or one beside a single file.
+    """
+    entry = _entry(folder)
+    if entry is None or entry.suffix != ".json":
+        return [] if entry is None else [entry]
+    return [entry, *sorted(set(_by_index(entry).values()))]
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every stored tensor, from the headers alone."""
+    """Shape of every stored tensor, from the headers alone.
+
+    Raises:
+        CheckpointError: as `weight_files`, or an index that does not agree with its files.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
+    for path, names in _holders(folder).items():
         with safetensors.safe_open(path, "pt") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
     return shapes
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every stored tensor; one without dimensions becomes `[1]`, which FSDP2 can shard."""
+    """Every stored tensor; one without dimensions becomes `[1]`, which FSDP2 can shard.
+
+    Raises:
+        CheckpointError: as `weight_shapes`.
+    """
     weights: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        weights.update(load_file(path))
+    for path, names in _holders(folder).items():
+        with safetensors.safe_open(path, "pt") as file:
+            weights.update({name: file.get_tensor(name) for name in names})
     return {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in weights.items()}
+
+
+def held_twice(folder: Path) -> bool:
+    """Whether two files of an index hold one tensor. Transformers then takes the last file's, whatever the index says.
+
+    Raises:
+        CheckpointError: as `weight_shapes`.
+    """
+    held = [name for path in _holders(folder) for name in _names(path)]
+    return len(held) > len(set(held))
+
+
+def _entry(folder: Path) -> Path | None:
+    """The single file, or the index, that a folder's weights begin with."""
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if not single.is_file():
+        return index if index.is_file() else None
+    # Saving shards over a single file leaves that file, saving a single file over shards leaves their index alone.
+    try:
+        beside = set(_by_index(index).values()) - {single} if index.is_file() else set()
+    except CheckpointError:
+        return single
+    if beside:
+        raise CheckpointError(
+            f"{folder}: {single.name} and the files of {index.name} may be two models; remove what is not meant"
+        )
+    return single
+
+
+def _by_index(index: Path) -> dict[str, Path]:
+    """Tensor -> the file that an index takes it from.
+
+    Raises:
+        CheckpointError: it is no index, or names what is no file inside its folder.
+    """
+    try:
+        places = read_object(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: unreadable ({error}); copy the checkpoint again") from error
+    if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: no weight_map of tensors to files; copy the checkpoint again")
+    for name in set(places.values()):
+        # By its parts and not by where a link leads: the hub's cache links every file of a snapshot.
+        outside = PurePath(name).is_absolute() or ".." in PurePath(name).parts
+        if outside or not (index.parent / name).is_file():
+            what = "is outside its folder" if outside else "is no file"
+            raise CheckpointError(f"{index}: {name!r}, which it names, {what}; copy the checkpoint again")
+    return {tensor: index.parent / name for tensor, name in places.items()}
+
+
+def _holders(folder: Path) -> dict[Path, list[str]]:
+    """File -> names of the tensors that are taken from it.
+
+    Raises:
+        CheckpointError: the index and its files do not hold the same tensors.
+    """
+    entry = _entry(folder)
+    if entry is None:
+        return {}
+    places = _by_index(entry) if entry.suffix == ".json" else {}
+    holders: dict[Path, list[str]] = {}
+    for path in sorted(set(places.values())) or [entry]:
+        stored = _names(path)
+        listed = {name for name, place in places.items() if place == path}
+        if places and (differing := (listed - set(stored)) | (set(stored) - places.keys())):
+            raise CheckpointError(
+                f"{entry}: it and {path.name} do not agree about {min(differing)}; copy the checkpoint again"
+            )
+        holders[path] = [name for name in stored if name in listed or not places]
+    return holders
+
+
+def _names(path: Path) -> list[str]:
+    """Of the tensors in a safetensors file."""
+    with safetensors.safe_open(path, "pt") as file:
+        return list(file.keys())

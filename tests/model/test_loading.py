@@ -11,6 +11,7 @@ from transformers import Qwen3ForCausalLM
 
 from attnres import Qwen3AttnResForCausalLM, load_model, wrap_qwen3
 from attnres.errors import CheckpointError
+from attnres.model.locate import locate
 from attnres.model.wraps import schedule_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -178,3 +179,71 @@ def test_load_model_says_what_is_missing(tmp_path, content):
         (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError):
         load_model(folder)
+
+
+def sharded(model, folder: Path) -> dict[str, str]:
+    """Saves a model in several files; which tensor is in which."""
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@torch.no_grad()
+def same(folder: Path, model, ids) -> bool:
+    """Whether both ways of loading give the model."""
+    models = (load_model(folder), Qwen3AttnResForCausalLM.from_pretrained(folder))
+    return all(torch.equal(loaded(ids).logits, model(ids).logits) for loaded in models)
+
+
+def test_load_model_takes_each_tensor_from_the_file_that_the_index_names(make_model, ids, tmp_path):
+    model = make_model()
+    places = sharded(model, tmp_path)
+    first, last, digest = min(places.values()), max(places.values()), locate(str(tmp_path)).digest
+    # Of an earlier model that was saved in more files, and of one whose last file had another tensor too.
+    stale = {name: torch.zeros_like(tensor) for name, tensor in load_file(tmp_path / first).items()}
+    save_file(stale, tmp_path / "model-00009-of-00009.safetensors", {"format": "pt"})
+    nothing_else = locate(str(tmp_path)).digest == digest
+    save_file(load_file(tmp_path / last) | stale, tmp_path / last, {"format": "pt"})
+    assert same(tmp_path, model, ids) and nothing_else
+
+
+def test_load_model_reads_files_of_any_name_that_the_index_gives(make_model, ids, tmp_path):
+    model = make_model()
+    places = sharded(model, tmp_path)
+    (tmp_path / "parts").mkdir()
+    renamed = {name: f"parts/{i}.safetensors" for i, name in enumerate(sorted(set(places.values())))}
+    for old, new in renamed.items():
+        (tmp_path / old).rename(tmp_path / new)
+    written = {"metadata": {}, "weight_map": {tensor: renamed[name] for tensor, name in places.items()}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(written))
+    assert same(tmp_path, model, ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda places: places | {"model.norm.weight": "../model.safetensors"}, "outside"),
+        (lambda places: places | {"model.norm.weight": "gone.safetensors"}, "no file"),
+        (lambda places: places | {"model.norm.weight": min(places.values())}, "do not agree about model.norm.weight"),
+        (lambda places: {k: v for k, v in places.items() if k != "model.norm.weight"}, "agree about model.norm.weight"),
+        (lambda places: {}, "no weight_map"),
+    ],
+)
+def test_load_model_refuses_an_index_that_does_not_fit_its_files(make_model, tmp_path, change, told):
+    places = sharded(make_model(), tmp_path)
+    written = {"metadata": {}, "weight_map": change(places)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(written))
+    for load in (load_model, Qwen3AttnResForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=told):
+            load(tmp_path)
+
+
+def test_load_model_refuses_shards_beside_a_single_file_which_the_library_leaves_there(make_model, ids, tmp_path):
+    make_model(attnres_num_blocks=2).save_pretrained(tmp_path)
+    model = make_model()
+    sharded(model, tmp_path)
+    for load in (load_model, Qwen3AttnResForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match="may be two models"):
+            load(tmp_path)
+    # The other way round, the library leaves an index without its files.
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file() and same(tmp_path, model, ids)
