@@ -78,7 +78,7 @@ def load_model(
 
     Args:
         path: see `attnres.model.locate.model_folder`. AttnRes and vanilla Qwen3, ours or released by
-            open-attention-residuals.
+            open-attention-residuals. A variant (`save_pretrained(variant=...)`) is read where it is all that is there.
         bias: `"stored"` uses the routing biases of the file; `"init"` replaces the newest source's by the
             configuration's `attnres_recency_bias_init`, as some versions of the releasing code did on loading.
         dtype: of the parameters; None keeps the stored one.

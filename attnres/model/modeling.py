@@ -106,7 +106,7 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
             ValueError: naming the parameters that are missing, unexpected or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        weights = weights_read_here(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        weights = weights_read_here(pretrained_model_name_or_path, kwargs.get("subfolder", ""), kwargs.get("variant"))
         if weights is not None and "state_dict" not in kwargs:
             subfolder = kwargs.pop("subfolder", "")
             config = kwargs.pop("config", None) or cls.config_class.from_pretrained(

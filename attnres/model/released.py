@@ -35,7 +35,7 @@ def named_convention(stored: Mapping[str, Any], names: set[str]) -> dict[str, An
     return {"attnres_sources": convention, **stored}
 
 
-def weights_read_here(path: Any, subfolder: str = "") -> dict[str, Tensor] | None:
+def weights_read_here(path: Any, subfolder: str = "", variant: str | None = None) -> dict[str, Tensor] | None:
     """The weights of a local folder that transformers would read otherwise; None where it reads the same.
 
     Those are released biases, reshaped to ours, and a tensor that two files of an index hold.
@@ -43,7 +43,8 @@ def weights_read_here(path: Any, subfolder: str = "") -> dict[str, Tensor] | Non
     Raises:
         CheckpointError: an index that cannot be followed.
     """
-    folder = Path(str(path)) / subfolder
-    if not folder.is_dir() or not (() in weight_shapes(folder).values() or held_twice(folder)):
+    folder, variant = Path(str(path)) / subfolder, variant or ""
+    if not folder.is_dir():
         return None
-    return read_weights(folder)
+    differs = () in weight_shapes(folder, variant).values() or held_twice(folder, variant)
+    return read_weights(folder, variant) if differs else None

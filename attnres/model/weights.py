@@ -1,5 +1,6 @@
 """The safetensors files of a Hugging Face folder, and which tensor is taken from which of them."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
@@ -10,63 +11,79 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from attnres.errors import CheckpointError
 from attnres.files.whole_files import read_object
 
+# model.VARIANT.safetensors, and model.safetensors.index.VARIANT.json, which names model.VARIANT-00001-of-00002...
+_VARIANT = re.compile(r"model\.(?:safetensors\.index\.(.+)\.json|((?:(?!-\d{5}-of-\d{5}).)+)\.safetensors)")
 
-def weight_files(folder: Path) -> list[Path]:
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files that decide the weights of a folder: one safetensors file, or an index and what it names.
 
     What the index does not name is no part. An index whose files are gone does not count beside a single file.
+
+    Args:
+        variant: of transformers' `save_pretrained(variant=...)`; "" for the files without one. None takes those, or,
+            where there are none, the only variant.
 
     Returns:
         Empty where the folder has no weights.
 
     Raises:
-        CheckpointError: an index that cannot be followed, or one beside a single file.
+        CheckpointError: an index that cannot be followed, or one beside a single file; several variants alone.
     """
-    entry = _entry(folder)
+    entry = _entry(folder, variant)
     if entry is None or entry.suffix != ".json":
         return [] if entry is None else [entry]
     return [entry, *sorted(set(_by_index(entry).values()))]
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def weight_shapes(folder: Path, variant: str | None = None) -> dict[str, tuple[int, ...]]:
     """Shape of every stored tensor, from the headers alone.
 
     Raises:
         CheckpointError: as `weight_files`, or an index that does not agree with its files.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, names in _holders(folder).items():
+    for path, names in _holders(folder, variant).items():
         with safetensors.safe_open(path, "pt") as file:
             shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
     return shapes
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Every stored tensor; one without dimensions becomes `[1]`, which FSDP2 can shard.
 
     Raises:
         CheckpointError: as `weight_shapes`.
     """
     weights: dict[str, Tensor] = {}
-    for path, names in _holders(folder).items():
+    for path, names in _holders(folder, variant).items():
         with safetensors.safe_open(path, "pt") as file:
             weights.update({name: file.get_tensor(name) for name in names})
     return {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in weights.items()}
 
 
-def held_twice(folder: Path) -> bool:
+def held_twice(folder: Path, variant: str | None = None) -> bool:
     """Whether two files of an index hold one tensor. Transformers then takes the last file's, whatever the index says.
 
     Raises:
         CheckpointError: as `weight_shapes`.
     """
-    held = [name for path in _holders(folder) for name in _names(path)]
+    held = [name for path in _holders(folder, variant) for name in _names(path)]
     return len(held) > len(set(held))
 
 
-def _entry(folder: Path) -> Path | None:
+def _entry(folder: Path, variant: str | None) -> Path | None:
     """The single file, or the index, that a folder's weights begin with."""
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if variant is None and not single.is_file() and not index.is_file():
+        variants = sorted(
+            {match[1] or match[2] for path in folder.iterdir() if (match := _VARIANT.fullmatch(path.name))}
+        )
+        if len(variants) > 1:
+            raise CheckpointError(f"{folder}: holds the variants {', '.join(variants)} alone; keep one of them")
+        variant = variants[0] if variants else None
+    if variant:
+        single, index = (path.with_suffix(f".{variant}{path.suffix}") for path in (single, index))
     if not single.is_file():
         return index if index.is_file() else None
     # Saving shards over a single file leaves that file, saving a single file over shards leaves their index alone.
@@ -102,13 +119,13 @@ def _by_index(index: Path) -> dict[str, Path]:
     return {tensor: index.parent / name for tensor, name in places.items()}
 
 
-def _holders(folder: Path) -> dict[Path, list[str]]:
+def _holders(folder: Path, variant: str | None) -> dict[Path, list[str]]:
     """File -> names of the tensors that are taken from it.
 
     Raises:
         CheckpointError: the index and its files do not hold the same tensors.
     """
-    entry = _entry(folder)
+    entry = _entry(folder, variant)
     if entry is None:
         return {}
     places = _by_index(entry) if entry.suffix == ".json" else {}

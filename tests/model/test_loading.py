@@ -247,3 +247,40 @@ def test_load_model_refuses_shards_beside_a_single_file_which_the_library_leaves
     # The other way round, the library leaves an index without its files.
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file() and same(tmp_path, model, ids)
+
+
+@pytest.mark.parametrize("most", ["1GB", "40KB"])
+@torch.no_grad()
+def test_load_model_reads_the_only_variant(make_model, ids, tmp_path, most):
+    model = make_model()
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=most)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"of another library")
+    assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
+    before = locate(str(tmp_path)).digest
+    assert len(before.split("-")) > 1
+    # The files without a variant come first, as in transformers.
+    other = make_model(attnres_num_blocks=2)
+    other.save_pretrained(tmp_path, max_shard_size=most)
+    assert torch.equal(load_model(tmp_path)(ids).logits, other(ids).logits)
+    assert locate(str(tmp_path)).digest != before
+
+
+def test_load_model_names_variants_where_there_are_several(make_model, tmp_path):
+    for variant in ("fp16", "non-ema.bf16"):
+        make_model().save_pretrained(tmp_path, variant=variant)
+    with pytest.raises(CheckpointError, match=r"variants fp16, non-ema\.bf16 alone"):
+        load_model(tmp_path)
+
+
+def test_from_pretrained_of_a_released_folder_reads_the_variant_and_folder_that_are_asked_for(tmp_path):
+    def negated(weights):
+        return {name: -tensor for name, tensor in weights.items()}
+
+    copy_of(SEEDED, tmp_path / "both")
+    copy_of(SEEDED, tmp_path / "both" / "inner", weights=negated)
+    shutil.copy(tmp_path / "both" / "inner" / "model.safetensors", tmp_path / "both" / "model.fp16.safetensors")
+    plain, *others = (
+        Qwen3AttnResForCausalLM.from_pretrained(tmp_path / "both", **asked).model.norm.weight
+        for asked in ({}, {"variant": "fp16"}, {"subfolder": "inner"})
+    )
+    assert all(torch.equal(other, -plain) for other in others)
