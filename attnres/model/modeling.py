@@ -122,6 +122,9 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
                     f"checkpoint: {len(names)} {what.replace('_', ' ')} ({', '.join(names[:3])}, ...) for "
                     f"attnres_sources={model.config.attnres_sources!r}; attnres.load_model finds the convention"
                 )
+        if model.config.tie_word_embeddings and model._tied_weights_keys and not model.all_tied_weights_keys:
+            # The file holds a head of its own. The library keeps it, says so, and leaves the configuration as it was.
+            model.config.tie_word_embeddings = False
         return (model, info) if wants_info else model
 
     def _init_weights(self, module: nn.Module) -> None:

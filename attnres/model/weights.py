@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 import safetensors
+import torch
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -13,6 +14,20 @@ from attnres.files.whole_files import read_object
 
 # model.VARIANT.safetensors, and model.safetensors.index.VARIANT.json, which names model.VARIANT-00001-of-00002...
 _VARIANT = re.compile(r"model\.(?:safetensors\.index\.(.+)\.json|((?:(?!-\d{5}-of-\d{5}).)+)\.safetensors)")
+
+# Of a causal language model, in a checkpoint: the two that a configuration may tie.
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def head_differs(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a head stands beside the embedding and is another: they are not tied then, whatever a configuration says.
+
+    Source: what `from_pretrained` of transformers does since 5.0.
+    """
+    head, embedding = weights.get(HEAD), weights.get(EMBEDDING)
+    if head is None or embedding is None:
+        return False
+    return head.dtype != embedding.dtype or not torch.equal(head, embedding)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

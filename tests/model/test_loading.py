@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3ForCausalLM
+from tiny_models import SHAPE
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from attnres import Qwen3AttnResForCausalLM, load_model, wrap_qwen3
 from attnres.errors import CheckpointError
@@ -284,3 +285,64 @@ def test_from_pretrained_of_a_released_folder_reads_the_variant_and_folder_that_
         for asked in ({}, {"variant": "fp16"}, {"subfolder": "inner"})
     )
     assert all(torch.equal(other, -plain) for other in others)
+
+
+def claims_tied(model, folder: Path, *dropped: str) -> Path:
+    """A checkpoint whose configuration ties the head to the embedding, without some tensors."""
+    model.save_pretrained(folder)
+    path, weights = folder / "config.json", load_file(folder / "model.safetensors")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    save_file({k: v for k, v in weights.items() if k not in dropped}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def untied(vanilla):
+    """A vanilla Qwen3 whose head is not its embedding."""
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"tie_word_embeddings": False})).eval()
+    model.load_state_dict(vanilla.state_dict() | {"lm_head.weight": 0.1 * torch.randn(64, 32)})
+    return model
+
+
+@torch.no_grad()
+def test_head_of_the_file_counts_where_the_configuration_ties_it(untied, ids, tmp_path, caplog):
+    logits = untied(ids).logits
+    plain = claims_tied(untied, tmp_path / "vanilla")
+    ours = claims_tied(wrap_qwen3(untied, "uniform", 3), tmp_path / "ours")
+    library = Qwen3ForCausalLM.from_pretrained(plain)
+    assert library.config.tie_word_embeddings and torch.equal(library(ids).logits, logits)
+    loads = (
+        (lambda: load_model(plain), 1),
+        (lambda: load_model(ours), 1),
+        (lambda: wrap_qwen3(plain, "uniform", 3), 1),
+        (lambda: wrap_qwen3(library, "uniform", 3), 1),
+        (lambda: Qwen3AttnResForCausalLM.from_pretrained(ours), 0),  # of this the library says it
+    )
+    for load, lines in loads:
+        caplog.clear()
+        model = load()
+        torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
+        assert sum("tie_word_embeddings: false" in record.message for record in caplog.records) == lines
+        model.save_pretrained(tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+        assert torch.equal(load_model(tmp_path / "again")(ids).logits, model(ids).logits)
+    assert torch.equal(library.lm_head.weight, untied.lm_head.weight)
+
+
+@torch.no_grad()
+def test_head_that_equals_the_embedding_stays_tied(vanilla, ids, tmp_path):
+    weights = vanilla.state_dict()
+    for dropped in ([], ["lm_head.weight"], ["model.embed_tokens.weight"]):
+        folder = claims_tied(vanilla, tmp_path / "".join(dropped))
+        save_file({k: v.clone() for k, v in weights.items() if k not in dropped}, folder / "model.safetensors")
+        for model in (load_model(folder), wrap_qwen3(folder, "uniform", 3), wrap_qwen3(vanilla, "uniform", 3)):
+            assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+            torch.testing.assert_close(model(ids).logits, vanilla(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_load_model_refuses_an_untied_model_without_a_head(untied, tmp_path):
+    untied.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(without("lm_head")(weights), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 missing parameters .lm_head.weight"):
+        load_model(tmp_path)
