@@ -3,7 +3,7 @@
 import logging
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
@@ -62,14 +62,26 @@ def wrap_qwen3(
             "attnres_recency_bias_init": float(recency_bias) if recency else 0.0,
         }
     )
-    wrapped: Any = Qwen3AttnResForCausalLM(config)
-    wrapped = wrapped.to(base.dtype)
+    wrapped = Qwen3AttnResForCausalLM(config)
+    follow(wrapped, base)
     # Queries and biases keep the start that the class gives them (zero, and `recency_bias` on the newest source).
     missing, unexpected = wrapped.load_state_dict(weights, strict=False)
     strange = [name for name in missing if not is_routing(name)] + list(unexpected)
     if strange:
         raise ValueError(f"wrap_qwen3: parameters do not match the vanilla model: {', '.join(strange[:3])}")
-    return wrapped.to(base.device).train(base.training)
+    return wrapped.train(base.training)
+
+
+def follow(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Gives a model the dtype and the device of another with the same decoder, and its buffers, in place.
+
+    A cast of the whole module would round the rotary frequencies too. They are fp32 in a bf16 model that was loaded.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(base.device, base.dtype)
+    buffers = dict(base.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].clone()
 
 
 def schedule_weights(num_sources: int, schedule: Schedule, recency_bias: float = 10.0) -> list[float]:

@@ -346,3 +346,24 @@ def test_load_model_refuses_an_untied_model_without_a_head(untied, tmp_path):
     save_file(without("lm_head")(weights), tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="1 missing parameters .lm_head.weight"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["recency", "uniform"])
+@pytest.mark.parametrize("rounded", [False, True])
+@torch.no_grad()
+def test_wrap_of_a_bf16_model_keeps_its_rotary_frequencies(vanilla, tmp_path, schedule, rounded):
+    vanilla.save_pretrained(tmp_path)
+    base = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert base.model.rotary_emb.inv_freq.dtype == torch.float32
+    if rounded:  # a base that somebody cast as a whole is wrapped as it is
+        base = base.to(torch.bfloat16)
+    wrapped = wrap_qwen3(base, schedule, 3)
+    assert {parameter.dtype for parameter in wrapped.parameters()} == {torch.bfloat16}
+    assert wrapped.lm_head.weight is wrapped.model.embed_tokens.weight
+    for name, buffer in base.named_buffers():
+        found = wrapped.get_buffer(name)
+        assert found.dtype == buffer.dtype and torch.equal(found, buffer) and found is not buffer
+    far = torch.arange(2028, 2048).unsqueeze(0)
+    hidden = torch.zeros(1, 20, 32, dtype=torch.bfloat16)
+    for ours, theirs in zip(wrapped.model.rotary_emb(hidden, far), base.model.rotary_emb(hidden, far), strict=True):
+        assert torch.equal(ours, theirs)
