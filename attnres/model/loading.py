@@ -18,7 +18,7 @@ from attnres.model.locate import model_folder
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.released import named_convention
 from attnres.model.routing import is_bias, newest_alone
-from attnres.model.weights import read_weights, weight_files
+from attnres.model.weights import EMBEDDING, HEAD, head_differs, read_weights, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load_model(
 
     Args:
         path: see `attnres.model.locate.model_folder`. AttnRes and vanilla Qwen3, ours or released by
-            open-attention-residuals.
+            open-attention-residuals. A variant (`save_pretrained(variant=...)`) is read where it is all that is there.
         bias: `"stored"` uses the routing biases of the file; `"init"` replaces the newest source's by the
             configuration's `attnres_recency_bias_init`, as some versions of the releasing code did on loading.
         dtype: of the parameters; None keeps the stored one.
@@ -102,6 +102,13 @@ def load_model(
             f"checkpoint {folder}: weights cannot be read ({error}); copy the folder again"
         ) from error
     config = _build_config(folder, stored, set(weights))
+    if config.tie_word_embeddings and head_differs(weights):
+        logger.warning(
+            "checkpoint %s: config.json ties the head to the embedding, the file holds a head of its own; that one is "
+            "used, with tie_word_embeddings: false",
+            folder,
+        )
+        config.tie_word_embeddings = False
     _check_size(folder, config, weights)
     if bias == "init" and isinstance(config, Qwen3AttnResConfig):
         for name in weights:
@@ -142,9 +149,12 @@ def _check_size(folder: Path, config: Qwen3Config, weights: dict[str, Tensor]) -
 
 
 def _check_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Every parameter is there, finite, of its shape, and nothing is left over; adds the tied head to `weights`."""
+    """Every parameter is there, finite, of its shape, and nothing is left over; adds what is tied to `weights`."""
     if model.config.tie_word_embeddings:
-        weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight", torch.empty(0)))
+        # Some files hold the head alone; transformers ties the embedding to it, and so does this.
+        for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+            if other in weights:
+                weights.setdefault(name, weights[other])
     wanted = model.state_dict()
     for what, names in (("missing", wanted.keys() - weights.keys()), ("unexpected", weights.keys() - wanted.keys())):
         if names:

@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple
 
 from attnres.depth.plan import DepthPlan
 from attnres.model.config import Qwen3AttnResConfig
-from attnres.model.released import released_weights
+from attnres.model.released import weights_read_here
 from attnres.model.routing import (
     FINAL,
     PREFIXES,
@@ -106,9 +106,12 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
             ValueError: naming the parameters that are missing, unexpected or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        weights = released_weights(pretrained_model_name_or_path)
+        weights = weights_read_here(pretrained_model_name_or_path, kwargs.get("subfolder", ""), kwargs.get("variant"))
         if weights is not None and "state_dict" not in kwargs:
-            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+            subfolder = kwargs.pop("subfolder", "")
+            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder
+            )
             kwargs.update(config=config, state_dict=weights)
             pretrained_model_name_or_path = None
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -119,6 +122,9 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
                     f"checkpoint: {len(names)} {what.replace('_', ' ')} ({', '.join(names[:3])}, ...) for "
                     f"attnres_sources={model.config.attnres_sources!r}; attnres.load_model finds the convention"
                 )
+        if model.config.tie_word_embeddings and model._tied_weights_keys and not model.all_tied_weights_keys:
+            # The file holds a head of its own. The library keeps it, says so, and leaves the configuration as it was.
+            model.config.tie_word_embeddings = False
         return (model, info) if wants_info else model
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 It is recognised by what it lacks. Its `config.json` has `model_type: qwen3_attnres` and names no `attnres_sources`: the
 convention follows from the tensors (`named_convention`), or is assumed where only the configuration is read
-(`Qwen3AttnResConfig.from_dict`). Its biases are tensors without dimensions, which ours never are (`released_weights`).
+(`Qwen3AttnResConfig.from_dict`). Its biases are tensors without dimensions, which ours never are (`weights_read_here`).
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from attnres.model.routing import is_final
-from attnres.model.weights import read_weights, weight_shapes
+from attnres.model.weights import held_twice, read_weights, weight_shapes
 
 # What released configurations may name, and the one value of each that this model computes.
 _COMPUTED = {"attnres_mode": "block", "attnres_gate_type": "bias"}
@@ -35,9 +35,16 @@ def named_convention(stored: Mapping[str, Any], names: set[str]) -> dict[str, An
     return {"attnres_sources": convention, **stored}
 
 
-def released_weights(path: Any) -> dict[str, Tensor] | None:
-    """The weights of a local folder with released biases, reshaped to ours; None for anything else."""
-    folder = Path(str(path))
-    if not folder.is_dir() or () not in weight_shapes(folder).values():
+def weights_read_here(path: Any, subfolder: str = "", variant: str | None = None) -> dict[str, Tensor] | None:
+    """The weights of a local folder that transformers would read otherwise; None where it reads the same.
+
+    Those are released biases, reshaped to ours, and a tensor that two files of an index hold.
+
+    Raises:
+        CheckpointError: an index that cannot be followed.
+    """
+    folder, variant = Path(str(path)) / subfolder, variant or ""
+    if not folder.is_dir():
         return None
-    return read_weights(folder)
+    differs = () in weight_shapes(folder, variant).values() or held_twice(folder, variant)
+    return read_weights(folder, variant) if differs else None

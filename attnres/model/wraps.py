@@ -1,8 +1,9 @@
 """The wraps that make a vanilla Qwen3 routable, and the weights that their schedules prescribe."""
 
+import logging
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
@@ -10,6 +11,9 @@ from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.loading import load_model
 from attnres.model.modeling import Qwen3AttnResForCausalLM
 from attnres.model.routing import is_routing
+from attnres.model.weights import head_differs
+
+logger = logging.getLogger(__name__)
 
 Schedule = Literal["recency", "uniform"]
 SCHEDULES: tuple[Schedule, ...] = ("recency", "uniform")
@@ -40,24 +44,44 @@ def wrap_qwen3(
     if not isinstance(base, Qwen3ForCausalLM):
         raise ValueError(f"wrap_qwen3: expected a vanilla Qwen3ForCausalLM, received {type(base).__name__}")
     stored = {k: v for k, v in base.config.to_dict().items() if k not in ("model_type", "architectures")}
+    weights = base.state_dict()
+    tied = base.config.tie_word_embeddings and not head_differs(weights)
+    if base.config.tie_word_embeddings and not tied:
+        logger.warning(
+            "wrap_qwen3: the configuration ties the head to the embedding, the model holds a head of its own; that one "
+            "is kept, with tie_word_embeddings: false"
+        )
     recency = schedule == "recency"
     config = Qwen3AttnResConfig.from_dict(
         stored
         | {
+            "tie_word_embeddings": tied,
             "attnres_sources": "cumulative" if recency else "block_sum",
             "attnres_num_blocks": num_blocks,
             "attnres_exact_uniform": not recency,
             "attnres_recency_bias_init": float(recency_bias) if recency else 0.0,
         }
     )
-    wrapped: Any = Qwen3AttnResForCausalLM(config)
-    wrapped = wrapped.to(base.dtype)
+    wrapped = Qwen3AttnResForCausalLM(config)
+    follow(wrapped, base)
     # Queries and biases keep the start that the class gives them (zero, and `recency_bias` on the newest source).
-    missing, unexpected = wrapped.load_state_dict(base.state_dict(), strict=False)
+    missing, unexpected = wrapped.load_state_dict(weights, strict=False)
     strange = [name for name in missing if not is_routing(name)] + list(unexpected)
     if strange:
         raise ValueError(f"wrap_qwen3: parameters do not match the vanilla model: {', '.join(strange[:3])}")
-    return wrapped.to(base.device).train(base.training)
+    return wrapped.train(base.training)
+
+
+def follow(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Gives a model the dtype and the device of another with the same decoder, and its buffers, in place.
+
+    A cast of the whole module would round the rotary frequencies too. They are fp32 in a bf16 model that was loaded.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(base.device, base.dtype)
+    buffers = dict(base.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].clone()
 
 
 def schedule_weights(num_sources: int, schedule: Schedule, recency_bias: float = 10.0) -> list[float]:

@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from torch import nn
 
 from attnres.errors import ConfigError
 from attnres.model.modeling import Qwen3AttnResForCausalLM
+from attnres.model.wraps import follow
 from attnres.tables.names import NULLS
 
 
@@ -22,10 +22,9 @@ def null_model(name: str, trained: Qwen3AttnResForCausalLM, seed: int) -> Qwen3A
     """
     if name == "untrained":
         torch.manual_seed(seed)
-        drawn: nn.Module = Qwen3AttnResForCausalLM(trained.config)
-        model = drawn.to(trained.device, trained.dtype).eval()
-        assert isinstance(model, Qwen3AttnResForCausalLM)
-        return model
+        model = Qwen3AttnResForCausalLM(trained.config)
+        follow(model, trained)
+        return model.eval()
     if name == "shuffled_queries":
         model = copy.deepcopy(trained)
         shuffle_queries(model, seed)

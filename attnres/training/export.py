@@ -1,6 +1,7 @@
 """The Hugging Face folder of a checkpoint: weights, tokenizer, where both come from, and a model card."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.utils import logging as hf_logging
 
 from attnres.files.whole_files import write_json, write_text
+from attnres.model.weights import head_differs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ def export_model(
         weights: whole tensors by the model's own names.
         progress: step, tokens and val_loss of the checkpoint.
     """
+    if model.config.tie_word_embeddings and head_differs(weights):
+        # A model that was loaded with a head of its own, whatever its configuration says.
+        log.warning("export %s: the head is not the embedding; written with tie_word_embeddings: false", folder)
+        model.config.tie_word_embeddings = False
     with _without_progress_bar():
         model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="100GB")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(info.tokenizer_path))

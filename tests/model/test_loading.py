@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3ForCausalLM
+from tiny_models import SHAPE
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from attnres import Qwen3AttnResForCausalLM, load_model, wrap_qwen3
 from attnres.errors import CheckpointError
+from attnres.model.locate import locate
 from attnres.model.wraps import schedule_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -178,3 +180,190 @@ def test_load_model_says_what_is_missing(tmp_path, content):
         (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError):
         load_model(folder)
+
+
+def sharded(model, folder: Path) -> dict[str, str]:
+    """Saves a model in several files; which tensor is in which."""
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@torch.no_grad()
+def same(folder: Path, model, ids) -> bool:
+    """Whether both ways of loading give the model."""
+    models = (load_model(folder), Qwen3AttnResForCausalLM.from_pretrained(folder))
+    return all(torch.equal(loaded(ids).logits, model(ids).logits) for loaded in models)
+
+
+def test_load_model_takes_each_tensor_from_the_file_that_the_index_names(make_model, ids, tmp_path):
+    model = make_model()
+    places = sharded(model, tmp_path)
+    first, last, digest = min(places.values()), max(places.values()), locate(str(tmp_path)).digest
+    # Of an earlier model that was saved in more files, and of one whose last file had another tensor too.
+    stale = {name: torch.zeros_like(tensor) for name, tensor in load_file(tmp_path / first).items()}
+    save_file(stale, tmp_path / "model-00009-of-00009.safetensors", {"format": "pt"})
+    nothing_else = locate(str(tmp_path)).digest == digest
+    save_file(load_file(tmp_path / last) | stale, tmp_path / last, {"format": "pt"})
+    assert same(tmp_path, model, ids) and nothing_else
+
+
+def test_load_model_reads_files_of_any_name_that_the_index_gives(make_model, ids, tmp_path):
+    model = make_model()
+    places = sharded(model, tmp_path)
+    (tmp_path / "parts").mkdir()
+    renamed = {name: f"parts/{i}.safetensors" for i, name in enumerate(sorted(set(places.values())))}
+    for old, new in renamed.items():
+        (tmp_path / old).rename(tmp_path / new)
+    written = {"metadata": {}, "weight_map": {tensor: renamed[name] for tensor, name in places.items()}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(written))
+    assert same(tmp_path, model, ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda places: places | {"model.norm.weight": "../model.safetensors"}, "outside"),
+        (lambda places: places | {"model.norm.weight": "gone.safetensors"}, "no file"),
+        (lambda places: places | {"model.norm.weight": min(places.values())}, "do not agree about model.norm.weight"),
+        (lambda places: {k: v for k, v in places.items() if k != "model.norm.weight"}, "agree about model.norm.weight"),
+        (lambda places: {}, "no weight_map"),
+    ],
+)
+def test_load_model_refuses_an_index_that_does_not_fit_its_files(make_model, tmp_path, change, told):
+    places = sharded(make_model(), tmp_path)
+    written = {"metadata": {}, "weight_map": change(places)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(written))
+    for load in (load_model, Qwen3AttnResForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=told):
+            load(tmp_path)
+
+
+def test_load_model_refuses_shards_beside_a_single_file_which_the_library_leaves_there(make_model, ids, tmp_path):
+    make_model(attnres_num_blocks=2).save_pretrained(tmp_path)
+    model = make_model()
+    sharded(model, tmp_path)
+    for load in (load_model, Qwen3AttnResForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match="may be two models"):
+            load(tmp_path)
+    # The other way round, the library leaves an index without its files.
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file() and same(tmp_path, model, ids)
+
+
+@pytest.mark.parametrize("most", ["1GB", "40KB"])
+@torch.no_grad()
+def test_load_model_reads_the_only_variant(make_model, ids, tmp_path, most):
+    model = make_model()
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=most)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"of another library")
+    assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
+    before = locate(str(tmp_path)).digest
+    assert len(before.split("-")) > 1
+    # The files without a variant come first, as in transformers.
+    other = make_model(attnres_num_blocks=2)
+    other.save_pretrained(tmp_path, max_shard_size=most)
+    assert torch.equal(load_model(tmp_path)(ids).logits, other(ids).logits)
+    assert locate(str(tmp_path)).digest != before
+
+
+def test_load_model_names_variants_where_there_are_several(make_model, tmp_path):
+    for variant in ("fp16", "non-ema.bf16"):
+        make_model().save_pretrained(tmp_path, variant=variant)
+    with pytest.raises(CheckpointError, match=r"variants fp16, non-ema\.bf16 alone"):
+        load_model(tmp_path)
+
+
+def test_from_pretrained_of_a_released_folder_reads_the_variant_and_folder_that_are_asked_for(tmp_path):
+    def negated(weights):
+        return {name: -tensor for name, tensor in weights.items()}
+
+    copy_of(SEEDED, tmp_path / "both")
+    copy_of(SEEDED, tmp_path / "both" / "inner", weights=negated)
+    shutil.copy(tmp_path / "both" / "inner" / "model.safetensors", tmp_path / "both" / "model.fp16.safetensors")
+    plain, *others = (
+        Qwen3AttnResForCausalLM.from_pretrained(tmp_path / "both", **asked).model.norm.weight
+        for asked in ({}, {"variant": "fp16"}, {"subfolder": "inner"})
+    )
+    assert all(torch.equal(other, -plain) for other in others)
+
+
+def claims_tied(model, folder: Path, *dropped: str) -> Path:
+    """A checkpoint whose configuration ties the head to the embedding, without some tensors."""
+    model.save_pretrained(folder)
+    path, weights = folder / "config.json", load_file(folder / "model.safetensors")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    save_file({k: v for k, v in weights.items() if k not in dropped}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def untied(vanilla):
+    """A vanilla Qwen3 whose head is not its embedding."""
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"tie_word_embeddings": False})).eval()
+    model.load_state_dict(vanilla.state_dict() | {"lm_head.weight": 0.1 * torch.randn(64, 32)})
+    return model
+
+
+@torch.no_grad()
+def test_head_of_the_file_counts_where_the_configuration_ties_it(untied, ids, tmp_path, caplog):
+    logits = untied(ids).logits
+    plain = claims_tied(untied, tmp_path / "vanilla")
+    ours = claims_tied(wrap_qwen3(untied, "uniform", 3), tmp_path / "ours")
+    library = Qwen3ForCausalLM.from_pretrained(plain)
+    assert library.config.tie_word_embeddings and torch.equal(library(ids).logits, logits)
+    loads = (
+        (lambda: load_model(plain), 1),
+        (lambda: load_model(ours), 1),
+        (lambda: wrap_qwen3(plain, "uniform", 3), 1),
+        (lambda: wrap_qwen3(library, "uniform", 3), 1),
+        (lambda: Qwen3AttnResForCausalLM.from_pretrained(ours), 0),  # of this the library says it
+    )
+    for load, lines in loads:
+        caplog.clear()
+        model = load()
+        torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
+        assert sum("tie_word_embeddings: false" in record.message for record in caplog.records) == lines
+        model.save_pretrained(tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+        assert torch.equal(load_model(tmp_path / "again")(ids).logits, model(ids).logits)
+    assert torch.equal(library.lm_head.weight, untied.lm_head.weight)
+
+
+@torch.no_grad()
+def test_head_that_equals_the_embedding_stays_tied(vanilla, ids, tmp_path):
+    weights = vanilla.state_dict()
+    for dropped in ([], ["lm_head.weight"], ["model.embed_tokens.weight"]):
+        folder = claims_tied(vanilla, tmp_path / "".join(dropped))
+        save_file({k: v.clone() for k, v in weights.items() if k not in dropped}, folder / "model.safetensors")
+        for model in (load_model(folder), wrap_qwen3(folder, "uniform", 3), wrap_qwen3(vanilla, "uniform", 3)):
+            assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+            torch.testing.assert_close(model(ids).logits, vanilla(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_load_model_refuses_an_untied_model_without_a_head(untied, tmp_path):
+    untied.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(without("lm_head")(weights), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 missing parameters .lm_head.weight"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["recency", "uniform"])
+@pytest.mark.parametrize("rounded", [False, True])
+@torch.no_grad()
+def test_wrap_of_a_bf16_model_keeps_its_rotary_frequencies(vanilla, tmp_path, schedule, rounded):
+    vanilla.save_pretrained(tmp_path)
+    base = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert base.model.rotary_emb.inv_freq.dtype == torch.float32
+    if rounded:  # a base that somebody cast as a whole is wrapped as it is
+        base = base.to(torch.bfloat16)
+    wrapped = wrap_qwen3(base, schedule, 3)
+    assert {parameter.dtype for parameter in wrapped.parameters()} == {torch.bfloat16}
+    assert wrapped.lm_head.weight is wrapped.model.embed_tokens.weight
+    for name, buffer in base.named_buffers():
+        found = wrapped.get_buffer(name)
+        assert found.dtype == buffer.dtype and torch.equal(found, buffer) and found is not buffer
+    far = torch.arange(2028, 2048).unsqueeze(0)
+    hidden = torch.zeros(1, 20, 32, dtype=torch.bfloat16)
+    for ours, theirs in zip(wrapped.model.rotary_emb(hidden, far), base.model.rotary_emb(hidden, far), strict=True):
+        assert torch.equal(ours, theirs)

@@ -184,3 +184,13 @@ def test_shuffling_a_model_without_queries_is_refused():
                 parameter.zero_()
     with pytest.raises(ConfigError, match="shuffled_queries changes nothing"):
         shuffle_queries(plain, 0)
+
+
+def test_untrained_null_of_a_bf16_model_has_its_rotary_frequencies(tmp_path):
+    model().save_pretrained(tmp_path)
+    trained = Qwen3AttnResForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    null = null_model("untrained", trained, 0)
+    assert null.dtype == torch.bfloat16 and not null.training
+    for name, buffer in trained.named_buffers():
+        assert buffer.dtype == torch.float32
+        torch.testing.assert_close(null.get_buffer(name), buffer, rtol=0, atol=0)

@@ -195,3 +195,14 @@ def test_remove_leftovers_removes_temporary_folders_only(tmp_path: Path) -> None
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     remove_leftovers(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_export_of_a_head_that_is_not_the_embedding_says_so(write: Any, tmp_path: Path) -> None:
+    model = write.model
+    assert model.config.tie_word_embeddings
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
+    write(tmp_path / "step_00000001")
+    folder = tmp_path / "step_00000001" / "model"
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, 2 * loaded.model.embed_tokens.weight)
