@@ -32,7 +32,7 @@ from attnres.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
-_PROMISE = "saving at the next optimizer step, then stopping"
+_PROMISE = "saving at the next optimizer step"
 _NOTHING_SAVED = "before the first step; the same command starts again"
 _SMALLER = "lower trainer.micro_batch_size (the result stays the same), or set trainer.gradient_checkpointing=true"
 _FREE = "free space or fix the folder"
@@ -78,8 +78,8 @@ def train(config: TrainConfig, command: str) -> Path:
         with StopSignals(_PROMISE, _NOTHING_SAVED, launcher=launcher) as signals, out_of_memory(_SMALLER):
             end = _fit(run, base, signals)
         if end.stopped:
-            name = signals.received.name if signals.received else "a signal on another rank"
-            raise Stopped(f"stopped by {name}, saved at step {end.step} in {folder}; the same command resumes")
+            by = signals.name or "a signal on another rank"
+            raise Stopped(f"stopped by {by}, saved at step {end.step} in {folder}; the same command resumes")
         faults.point("train.complete")
         if _rank() == 0:
             with storage_errors(folder, _FREE):
