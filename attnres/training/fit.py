@@ -22,7 +22,7 @@ from attnres.processes.signals import StopSignals
 from attnres.training.checkpoint import RunCheckpointIO
 from attnres.training.config import TrainConfig, run_folder
 from attnres.training.initial_weights import initial_model, resolve_base
-from attnres.training.loggers import CsvLogger, WandbLogger
+from attnres.training.loggers import METRICS, CsvLogger, WandbLogger
 from attnres.training.models import model_config, set_execution
 from attnres.training.module import CausalLMModule
 from attnres.training.resume import check_compatible, choose_start, completed
@@ -103,7 +103,7 @@ def _fit(run: Run, base: Located | None, signals: StopSignals) -> End:
             record_start(run)
     peers = Peers()
     duties = StepDuties(config, folder, model, signals, peers)
-    loggers = [CsvLogger(folder / "metrics.csv", start.step), WandbLogger(config.logger, folder, run.plain)]
+    loggers = [CsvLogger(folder / METRICS, start.step), WandbLogger(config.logger, folder, run.plain, start.step)]
     checkpoint_io = RunCheckpointIO(model, run.export_info, duties.published, config.trainer.async_checkpoint)
     trainer = build_trainer(config, folder, duties, loggers, checkpoint_io)
     log.info(

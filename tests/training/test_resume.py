@@ -1,5 +1,7 @@
 """A run that was killed anywhere ends with the same bits as one that was not."""
 
+import csv
+import json
 import os
 import shutil
 import signal
@@ -21,6 +23,7 @@ from training_runs import (
     run,
     settings,
 )
+from wandb_segments import segments
 from warm_processes import exit_code, in_child
 
 from attnres.errors import Stopped
@@ -98,6 +101,28 @@ def test_train_stops_with_75_at_a_step_boundary_and_resumes(
     assert not (folder / "complete.json").exists()
     assert exit_code(in_child(child_run, plain)) == 0
     assert_same_run(folder, whole[2], 6)
+
+
+def test_wandb_misses_no_step_after_sigkill(tmp_path: Path, data: dict[str, Any], original: Path) -> None:
+    """The killed process takes along what W&B has not written yet; the next one goes on from a checkpoint of step 4."""
+    plain = settings(tmp_path, data, logger__wandb="offline")
+    assert exit_code(in_child(child_signalled_at, plain, signal.SIGKILL, 5, 0)) == KILLED
+    assert exit_code(in_child(child_run, plain)) == 0
+    folder = tmp_path / original.name
+    _, (segment, logged) = segments(folder).items()
+    assert [(row["_step"], row["step"]) for row in logged] == [(step, step) for step in range(1, 7)]
+    assert [repr(row["loss"]) for row in logged] == [row["loss"] for row in rows(folder)]
+    assert [row["step"] for row in logged if "val_loss" in row] == [2, 4, 6]
+    with open(folder / "routing.csv", newline="") as stream:
+        names, *lines = csv.reader(stream)
+    files = {row["step"]: segment / "files" / row["routing.path"] for row in logged if "routing.path" in row}
+    assert list(files) == [3, 6]
+    for step, file in files.items():
+        table = json.loads(file.read_text())
+        assert ["step", *table["columns"]] == names
+        assert [[str(step), *map(str, row)] for row in table["data"]] == [
+            line for line in lines if line[0] == str(step)
+        ]
 
 
 def job(plain: dict[str, Any], signals: dict[int, int]) -> None:
