@@ -16,7 +16,7 @@ from attnres.files.run_folder import LOCK, TRAINING_FILE, refuse_links, refuse_u
 from attnres.files.whole_files import locked, storage_errors
 from attnres.model.locate import Located
 from attnres.processes.launcher import bound_to_launcher
-from attnres.processes.memory import out_of_memory
+from attnres.processes.memory import is_of_the_machine, is_out_of_memory, out_of_memory
 from attnres.processes.peers import Peers, is_connection_loss
 from attnres.processes.signals import StopSignals
 from attnres.training.checkpoint import RunCheckpointIO
@@ -140,13 +140,15 @@ def _fit_errors(trainer: pl.Trainer, peers: Peers, duties: StepDuties, resume_fr
     """Says of an error of a library whether another rank is gone or a checkpoint cannot be restored."""
     try:
         yield
-    except (AttnResError, OSError, torch.OutOfMemoryError):
+    except (AttnResError, OSError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         message = one_line(error, most=200)
         if trainer.world_size > 1 and is_connection_loss(error):
             raise peers.lost(f"rank {_rank()} was left alone ({message})") from error
-        if resume_from and not duties.started:
+        if resume_from and not duties.started and not is_of_the_machine(error):
             raise CheckpointError(
                 f"{resume_from}: cannot be restored ({message}); choose another checkpoint"
             ) from error

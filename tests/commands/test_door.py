@@ -79,6 +79,12 @@ def test_an_error_of_the_system_is_one_of_storage(error, line, capsys):
     assert capsys.readouterr().err == f"{line}check space and permissions\n"
 
 
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 7 GiB"), OSError(errno.ENOMEM, "no memory")])
+def test_too_little_memory_is_one_line_and_2_in_every_command(error, capsys):
+    assert run_command(raises(error)) == 2
+    assert capsys.readouterr().err == f"error: out of memory ({error}); free memory, or take a machine with more\n"
+
+
 def test_an_unexpected_error_says_so(capsys):
     assert run_command(raises(ZeroDivisionError("division by zero"))) == 1
     line = capsys.readouterr().err
