@@ -24,7 +24,10 @@ POINTS = frozenset(
         *("probe.located", "probe.checked", "probe.registered", "probe.cell", "probe.tables", "report.write"),
     }
 )
-_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
+_SIGNALS = {
+    **{"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT},
+    **{"usr1": signal.SIGUSR1, "usr2": signal.SIGUSR2},
+}
 _ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
 # `full` lets the next file that grows past this fail; `cut` kills its writer there, in the middle of the write.
 _FILE_BYTES = 16 * 2**10

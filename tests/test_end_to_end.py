@@ -115,6 +115,22 @@ def test_probe_twice_gives_the_same_tables_also_when_it_is_stopped_and_resumed(t
     assert (probed / "preregistration.json").read_bytes() == registered
 
 
+def test_probe_as_a_submitit_job_that_is_preempted_keeps_its_cells_before_it_goes_back_into_the_queue(trained, probed):
+    """SIGUSR2 comes after twelve cells of a life; the second one has fewer left."""
+    settings = PROBE.replace("runs_dir={tmp}/runs", "runs_dir={tmp}/requeued").format(tmp=trained).split()
+    launch = ["probe.py", "-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={trained}/sweep"]
+    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ATTNRES_FAULT": "probe.cell@12:usr2"}
+    done = run_command([*launch, *settings, "probe.families=embedding", "probe.bands=late"], trained / "log", here)
+    assert done.returncode == 0, done.stderr
+    (log,) = (trained / "sweep").glob(".submitit/*/*.out")
+    assert log.read_text().count("Requeued job") == 1
+    (table,) = (trained / "requeued").glob("probe_*/effects.parquet")
+    keys = ["model", "cell", "window"]
+    ours, theirs = (pd.read_parquet(path).set_index(keys) for path in (table, probed / "effects.parquet"))
+    assert set(ours.index.unique("model")) == {"attnres", "recency", "uniform"}
+    pd.testing.assert_frame_equal(ours.sort_index(), theirs.loc[ours.index].sort_index())
+
+
 def test_probe_shared_by_two_processes_gives_the_same_tables(trained, probed):
     settings = PROBE.replace("runs_dir={tmp}/runs", "runs_dir={tmp}/shared")
     done = run_warm(trained, "probe.py", settings, "device=cpu", "devices=2")

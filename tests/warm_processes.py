@@ -51,14 +51,16 @@ def exit_code(process: Any, seconds: float = 120) -> int:
     return process.exitcode
 
 
-def start_command(words: list[str], log: Path) -> Any:
+def start_command(words: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:
     """Starts `python WORDS`, a script of the repository and its arguments; output goes to `log`.out and `log`.err."""
-    return in_child(_command, words, str(log))
+    return in_child(_command, words, str(log), environment=environment)
 
 
-def run_command(words: list[str], log: Path) -> subprocess.CompletedProcess[str]:
+def run_command(
+    words: list[str], log: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`start_command`, waited for."""
-    code = exit_code(start_command(words, log), 300)
+    code = exit_code(start_command(words, log, environment), 300)
     out, err = (log.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err"))
     return subprocess.CompletedProcess(words, code, out, err)
 

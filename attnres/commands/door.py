@@ -9,8 +9,9 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-from attnres.errors import AttnResError, Stopped, StorageError, one_line
+from attnres.errors import AttnResError, ConfigError, Stopped, StorageError, one_line
 from attnres.files.run_folder import refuse_unsafe_loading
+from attnres.processes.memory import is_out_of_memory
 from attnres.processes.signals import StopSignals
 
 _MOST_CHARACTERS = 2000
@@ -70,6 +71,8 @@ def report_error(error: AttnResError) -> int:
 def _of_this_project(error: Exception) -> AttnResError:
     if isinstance(error, AttnResError):
         return error
+    if is_out_of_memory(error):
+        return ConfigError(f"out of memory ({one_line(error, most=200)}); free memory, or take a machine with more")
     if isinstance(error, OSError):
         where = error.filename or "file"
         return StorageError(f"{where}: {error.strerror or error}; check space and permissions")

@@ -21,7 +21,7 @@ from attnres.probe.preregistration import FREE, Fixed
 from attnres.processes.ranks import Ranks
 from attnres.processes.signals import StopSignals
 
-_PROMISE = "finishing the current cell, then stopping"
+_PROMISE = "finishing the current cell"
 
 # Split -> the windows that a stage measures, by position.
 Stage = Mapping[str, range]
@@ -63,6 +63,7 @@ class Execution:
         ranks: the processes that share the work.
         progress: counts cells finished on a batch.
         stop: asked between cells; the name of the signal that ends the walk after what is finished is kept, or empty.
+        signals: those that handlers of other libraries wait for.
         stages: in what portions the windows are measured; none: all at once.
     """
 
@@ -74,6 +75,7 @@ class Execution:
     ranks: Ranks = field(default_factory=Ranks)
     progress: Any = field(default_factory=partial(tqdm, disable=True))
     stop: Callable[[], str] = lambda: ""
+    signals: StopSignals = field(default_factory=partial(StopSignals, "", ""))
     stages: tuple[Stage, ...] = ()
 
     @cached_property
@@ -97,17 +99,19 @@ class Execution:
         return batches[self.ranks.rank :: self.ranks.size]
 
     def stopping(self) -> bool:
-        """Whether this process or another one was asked to stop."""
+        """Whether this process or another one was asked to stop, and is to keep what is finished."""
         if self.stop():
             self.pieces.ask_to_stop()
             return True
-        return self.pieces.asked_to_stop()
+        return self.signals.asked() or self.pieces.asked_to_stop()
 
     def end_if_stopping(self) -> None:
-        """Raises `Stopped` where a stop was asked for."""
-        if self.stopping():
+        """Raises `Stopped` where a stop was asked for; a handler of another library may end the process otherwise."""
+        if self.stop() or self.pieces.asked_to_stop():
+            self.pieces.ask_to_stop()
             by = self.stop() or "a signal to another process"
             raise Stopped(f"stopped by {by}; what is finished is kept, the same command resumes")
+        self.signals.hand_on()
 
     def together(self, phase: Callable[[], None]) -> None:
         """One phase in all processes; an error or a signal in one of them ends it in all."""
@@ -141,7 +145,8 @@ def executing(folder: Path, fixed: Fixed, ranks: Ranks) -> Iterator[Execution]:
             pieces=pieces,
             ranks=ranks,
             progress=bar,
-            stop=lambda: signals.received.name if signals.received else "",
+            stop=lambda: signals.name if signals.ends() else "",
+            signals=signals,
         )
 
 

@@ -8,8 +8,10 @@ from datetime import timedelta
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from attnres.errors import AttnResError, ConfigError, one_line
+from attnres.processes.memory import is_of_the_machine
 
 # A process that has finished its work waits this long for the others.
 _PATIENCE = timedelta(hours=24)
@@ -49,7 +51,9 @@ class Ranks:
                 strategy=DDPStrategy(timeout=_PATIENCE),
             )
             fabric.launch()
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MisconfigurationException) as error:
+            if is_of_the_machine(error):
+                raise
             raise ConfigError(f"devices={devices}: {one_line(error, most=None)}") from error
         return cls(fabric)
 

@@ -34,6 +34,7 @@ from attnres.files.run_folder import (
     refuse_unsafe_loading,
 )
 from attnres.files.whole_files import fsync_path, storage_errors, write_json
+from attnres.processes.memory import is_of_the_machine
 from attnres.training.export import ExportInfo, export_model
 
 _MARGIN_BYTES = 32 * 2**20
@@ -188,6 +189,8 @@ def read_state(path: Path, model: PreTrainedModel) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # the archive, the unpickler and the storages each raise types of their own
+        if is_of_the_machine(error):
+            raise
         # Torch's message goes on to explain how to load it all the same.
         message = one_line(error, most=120)
         raise CheckpointError(f"{path}: not a training state ({type(error).__name__}: {message}); {remedy}") from error
@@ -241,6 +244,8 @@ def _save_tensors(value: Any, path: Path) -> None:
     try:
         torch.save(value, path)
     except RuntimeError as error:
+        if is_of_the_machine(error):
+            raise
         # How torch's writer reports a full disk.
         raise OSError(errno.EIO, str(error)) from error
 

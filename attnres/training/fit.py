@@ -16,13 +16,13 @@ from attnres.files.run_folder import LOCK, TRAINING_FILE, refuse_links, refuse_u
 from attnres.files.whole_files import locked, storage_errors
 from attnres.model.locate import Located
 from attnres.processes.launcher import bound_to_launcher
-from attnres.processes.memory import out_of_memory
+from attnres.processes.memory import is_of_the_machine, is_out_of_memory, out_of_memory
 from attnres.processes.peers import Peers, is_connection_loss
 from attnres.processes.signals import StopSignals
 from attnres.training.checkpoint import RunCheckpointIO
 from attnres.training.config import TrainConfig, run_folder
 from attnres.training.initial_weights import initial_model, resolve_base
-from attnres.training.loggers import CsvLogger, WandbLogger
+from attnres.training.loggers import METRICS, CsvLogger, WandbLogger
 from attnres.training.models import model_config, set_execution
 from attnres.training.module import CausalLMModule
 from attnres.training.resume import check_compatible, choose_start, completed
@@ -32,7 +32,7 @@ from attnres.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
-_PROMISE = "saving at the next optimizer step, then stopping"
+_PROMISE = "saving at the next optimizer step"
 _NOTHING_SAVED = "before the first step; the same command starts again"
 _SMALLER = "lower trainer.micro_batch_size (the result stays the same), or set trainer.gradient_checkpointing=true"
 _FREE = "free space or fix the folder"
@@ -78,8 +78,8 @@ def train(config: TrainConfig, command: str) -> Path:
         with StopSignals(_PROMISE, _NOTHING_SAVED, launcher=launcher) as signals, out_of_memory(_SMALLER):
             end = _fit(run, base, signals)
         if end.stopped:
-            name = signals.received.name if signals.received else "a signal on another rank"
-            raise Stopped(f"stopped by {name}, saved at step {end.step} in {folder}; the same command resumes")
+            by = signals.name or "a signal on another rank"
+            raise Stopped(f"stopped by {by}, saved at step {end.step} in {folder}; the same command resumes")
         faults.point("train.complete")
         if _rank() == 0:
             with storage_errors(folder, _FREE):
@@ -103,7 +103,7 @@ def _fit(run: Run, base: Located | None, signals: StopSignals) -> End:
             record_start(run)
     peers = Peers()
     duties = StepDuties(config, folder, model, signals, peers)
-    loggers = [CsvLogger(folder / "metrics.csv", start.step), WandbLogger(config.logger, folder, run.plain)]
+    loggers = [CsvLogger(folder / METRICS, start.step), WandbLogger(config.logger, folder, run.plain, start.step)]
     checkpoint_io = RunCheckpointIO(model, run.export_info, duties.published, config.trainer.async_checkpoint)
     trainer = build_trainer(config, folder, duties, loggers, checkpoint_io)
     log.info(
@@ -140,13 +140,15 @@ def _fit_errors(trainer: pl.Trainer, peers: Peers, duties: StepDuties, resume_fr
     """Says of an error of a library whether another rank is gone or a checkpoint cannot be restored."""
     try:
         yield
-    except (AttnResError, OSError, torch.OutOfMemoryError):
+    except (AttnResError, OSError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         message = one_line(error, most=200)
         if trainer.world_size > 1 and is_connection_loss(error):
             raise peers.lost(f"rank {_rank()} was left alone ({message})") from error
-        if resume_from and not duties.started:
+        if resume_from and not duties.started and not is_of_the_machine(error):
             raise CheckpointError(
                 f"{resume_from}: cannot be restored ({message}); choose another checkpoint"
             ) from error

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 # Together below the five seconds that a server may cost which takes the connection and then says nothing.
 _PROBE_SECONDS = 2.0
 _INIT_SECONDS = 3.0
+METRICS = "metrics.csv"
 
 
 class _BaseLogger(Logger):
@@ -96,11 +98,8 @@ class CsvLogger(_BaseLogger):
 
     def _read(self) -> list[dict[str, str]]:
         """The rows in the file, which alone remembers them: a long run has many."""
-        with open(self.path, encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            # The last line of a killed process may be cut off anywhere.
-            rows = [r for r in reader if None not in r and None not in r.values() and r["step"].isdigit()]
-            self._columns = list(reader.fieldnames or self._columns)
+        columns, rows = _read(self.path)
+        self._columns = columns or self._columns
         return rows
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
@@ -119,10 +118,13 @@ class WandbLogger(_BaseLogger):
     Args:
         folder: of the run, whose name is the name and id of the run there.
         plain: the run's configuration, without secrets.
+        resume_step: what the CSV files hold up to this step is logged again at the start. An earlier process may have
+            been killed before W&B had written it.
     """
 
-    def __init__(self, config: LoggerConfig, folder: Path, plain: dict[str, Any]) -> None:
+    def __init__(self, config: LoggerConfig, folder: Path, plain: dict[str, Any], resume_step: int) -> None:
         super().__init__()
+        self._resume_step = resume_step
         self._config = config
         self._folder = folder
         self._plain = plain
@@ -136,11 +138,7 @@ class WandbLogger(_BaseLogger):
     @rank_zero_only
     def log_table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         def send() -> None:
-            import wandb
-
-            columns: list[str | int] = list(rows[0])
-            table = wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in rows])
-            self._running().log({name: table}, step=step)
+            self._running().log({name: _wandb_table(rows)}, step=step)
 
         if rows:
             self._attempt("log a table", send)
@@ -160,7 +158,21 @@ class WandbLogger(_BaseLogger):
     def _running(self) -> Any:
         if self._run is None:
             self._run = self._start()
+            if self._resume_step > 0:
+                self._log_again(self._run)
         return self._run
+
+    def _log_again(self, run: Any) -> None:
+        """Steps that the server has already are left out; it would refuse them."""
+        steps: dict[int, dict[str, Any]] = {}
+        for path in sorted(self._folder.glob("*.csv")):
+            for number, rows in groupby(_read(path)[1], key=lambda row: int(row["step"])):
+                values = [{name: _value(text) for name, text in row.items() if name != "step" and text} for row in rows]
+                row = values[0] if path.name == METRICS else {path.stem: _wandb_table(values)}
+                steps[number] = steps.get(number, {}) | row
+        for number in range(run.step, self._resume_step + 1):
+            if number in steps:
+                run.log({"step": number} | steps[number], step=number)
 
     def _start(self) -> Any:
         if self._config.wandb == "online":
@@ -242,5 +254,29 @@ def _within(seconds: float, action: Callable[[], Any]) -> Any:
     return result[0] if result else None
 
 
+def _wandb_table(rows: list[dict[str, Any]]) -> Any:
+    import wandb
+
+    columns: list[str | int] = list(rows[0])
+    return wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in rows])
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and the rows of a file that `CsvLogger` wrote."""
+    with open(path, encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        # The last line of a killed process may be cut off anywhere.
+        rows = [r for r in reader if None not in r and None not in r.values() and r["step"].isdigit()]
+        return list(reader.fieldnames or ()), rows
+
+
 def _text(value: float) -> str:
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def _value(text: str) -> float | str:
+    """What `_text` was given."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

@@ -1,7 +1,7 @@
 """What is done between two optimizer steps: validate, look at routing, log, save, and stop where a signal asked for it.
 
-On SIGTERM, SIGUSR1 or SIGINT (`attnres.processes.signals`) the step that is under way ends, a checkpoint of it is
-written, and `attnres.training.fit` ends the run with exit code 75.
+On a signal (`attnres.processes.signals`) the step that is under way ends, a checkpoint of it is written, and
+`attnres.training.fit` ends the run with exit code 75, unless a handler of another library decides otherwise.
 """
 
 import logging
@@ -95,7 +95,8 @@ class StepDuties(Callback):
         self._tokens = module.tokens_seen
         last = step >= config.max_steps
         # All ranks must take the same branch, whichever of them the signal reached.
-        stop = trainer.strategy.reduce_boolean_decision(self._signals.asked(), all=False)
+        asked = trainer.strategy.reduce_boolean_decision(self._signals.asked(), all=False)
+        stop = asked and trainer.strategy.reduce_boolean_decision(self._signals.ends(), all=False)
         bar.update(stats.loss, stats.lr, self._clock.tokens_per_second, self._clock.eta(config.max_steps - step))
 
         self._look_for_spike(trainer, step, stats.loss)
@@ -106,11 +107,15 @@ class StepDuties(Callback):
             measured |= self._measure_routing(trainer, module, step)
         if measured or last or due(step, config.log_every_steps):
             self._log(trainer, module, stats, measured)
-        if last or stop or self._schedule.due(step):
-            self._save(trainer, step, ends=last or stop)
+        if last or asked or self._schedule.due(step):
+            self._save(trainer, step, wait=last or asked)
+        if last or stop:
+            self._peers.leave()
         if stop and not last:
             self.stopped_at = step
             trainer.should_stop = True
+        elif asked and not last:
+            self._signals.hand_on()
 
     def _look_for_spike(self, trainer: pl.Trainer, step: int, loss: float) -> None:
         rise = self._spikes.rise(loss)
@@ -162,11 +167,9 @@ class StepDuties(Callback):
         pace["peak_memory_gib"] = float(trainer.strategy.reduce(memory, reduce_op="max"))
         return pace
 
-    def _save(self, trainer: pl.Trainer, step: int, ends: bool) -> None:
+    def _save(self, trainer: pl.Trainer, step: int, wait: bool) -> None:
         path = self._folder / CHECKPOINTS / step_name(step)
-        trainer.save_checkpoint(path, weights_only=False, storage_options={"wait": ends})
-        if ends:
-            self._peers.leave()
+        trainer.save_checkpoint(path, weights_only=False, storage_options={"wait": wait})
 
     def published(self, checkpoint: Path) -> None:
         """Removes what a new checkpoint makes superfluous."""

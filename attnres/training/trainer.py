@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from attnres.data import accumulation_steps
 from attnres.errors import ConfigError, one_line
+from attnres.processes.memory import is_of_the_machine
 from attnres.training.checkpoint import RunCheckpointIO
 from attnres.training.config import TrainConfig
 from attnres.training.step_duties import StepDuties
@@ -56,6 +57,8 @@ def build_trainer(
             detect_anomaly=config.debug,
         )
     except (ValueError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        if is_of_the_machine(error):
+            raise
         raise ConfigError(f"trainer: {one_line(error, most=None)}") from error
     # Its handlers broadcast to other ranks from inside a signal, and end a stopped run with exit code 0;
     # `StopSignals` has the signals.

@@ -12,6 +12,7 @@ import pytest
 from attnres import errors
 from attnres.commands.door import parsed_command, report_error, run_command
 from attnres.errors import AttnResError, ConfigError
+from attnres.processes.signals import STOP_SIGNALS
 
 CLASSES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.AttnResError)]
 CODES = {
@@ -22,6 +23,7 @@ CODES = {
 COMMAND = """
 import os, signal, subprocess, sys, time
 from attnres.commands.door import run_command
+{before}
 def command():
 {body}
 sys.exit(run_command(command))
@@ -35,9 +37,16 @@ def raises(error: BaseException):
     return command
 
 
-def start(body: str) -> subprocess.Popen[str]:
-    script = COMMAND.format(body="\n".join(f"    {line}" for line in body.strip().splitlines()))
-    return subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(body: str, before: str = "", **environment: str) -> subprocess.Popen[str]:
+    """Starts a command; `before` stands in front of it, in one line."""
+    script = COMMAND.format(body="\n".join(f"    {line}" for line in body.strip().splitlines()), before=before)
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )
 
 
 def send_when_ready(process: subprocess.Popen[str], number: signal.Signals) -> str:
@@ -68,6 +77,12 @@ def test_a_command_gives_its_code():
 def test_an_error_of_the_system_is_one_of_storage(error, line, capsys):
     assert run_command(raises(error)) == 6
     assert capsys.readouterr().err == f"{line}check space and permissions\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 7 GiB"), OSError(errno.ENOMEM, "no memory")])
+def test_too_little_memory_is_one_line_and_2_in_every_command(error, capsys):
+    assert run_command(raises(error)) == 2
+    assert capsys.readouterr().err == f"error: out of memory ({error}); free memory, or take a machine with more\n"
 
 
 def test_an_unexpected_error_says_so(capsys):
@@ -116,12 +131,55 @@ def test_no_command_shows_control_characters_of_a_path(words, tmp_path):
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_ends_a_command_with_75_and_a_line(number):
     process = start("print('ready', flush=True)\nwhile True: pass")
     shown = send_when_ready(process, number)
     assert process.returncode == 75
     assert shown.strip() == f"error: {number.name} stopped the command; the same command goes on"
+
+
+def test_a_handler_of_another_library_gets_a_signal_before_which_nothing_is_to_be_saved():
+    process = start(
+        "print('ready', flush=True)\ntime.sleep(60)", before="signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))"
+    )
+    assert (send_when_ready(process, signal.SIGUSR2), process.returncode) == ("", 7)
+
+
+SAVES = """
+from attnres.processes.signals import StopSignals
+with StopSignals("saving", "", can_save=True) as signals:
+    print('ready', flush=True)
+    while not signals.asked(): time.sleep(0.01)
+    print('saved', flush=True)
+    signals.hand_on()
+print('goes on')
+"""
+
+
+def test_a_handler_of_another_library_gets_a_signal_once_everything_is_saved():
+    process = start(SAVES, before="signal.signal(signal.SIGUSR2, lambda *_: (print('theirs'), sys.exit(7)))")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    shown = process.communicate(timeout=60)
+    assert (shown, process.returncode) == (
+        ("saved\ntheirs\n", "\nSIGUSR2: saving, then handing the signal on\n"), 7
+    )  # fmt: skip
+
+
+def test_a_command_goes_on_where_the_handler_of_another_library_returns():
+    process = start(SAVES, before="signal.signal(signal.SIGTERM, lambda *_: print('theirs'))")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "saved\ntheirs\ngoes on\n" and process.returncode == 0
+
+
+def test_the_signal_that_submitit_was_told_to_use_is_a_stop_signal():
+    before = "signal.signal(signal.SIGHUP, lambda *_: sys.exit(7))"
+    process = start(SAVES, before=before, SUBMITIT_PREEMPT_SIGNAL="HUP")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=60)[0] == "saved\n" and process.returncode == 7
 
 
 def test_a_forked_process_dies_of_a_signal_and_its_parent_goes_on():
@@ -171,7 +229,7 @@ def test_debug_shows_the_traceback_of_a_parsed_command(capsys):
 
 
 def test_a_command_leaves_the_handlers_as_they_were():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     run_command(lambda: None)
     run_command(raises(ConfigError("wrong")))
     assert {number: signal.getsignal(number) for number in before} == before

@@ -9,6 +9,7 @@ import yaml
 from attnres.commands import documents
 from attnres.data import TextDataModule
 from attnres.errors import ConfigError
+from attnres.files.whole_files import MOST_DEPTH
 
 
 @pytest.fixture
@@ -62,7 +63,17 @@ def test_read_run_refuses_an_ambiguous_name(run):
 
 @pytest.mark.parametrize("name", ["provenance.json", "config.yaml"])
 def test_documents_refuses_a_deeply_nested_file_in_one_line(run, capsys, name):
-    (run / name).write_text("[" * 100_000)
+    levels = MOST_DEPTH + 1
+    (run / name).write_text("[" * levels + "]" * levels)
     assert documents.main(["--run", str(run), "--step", "1"]) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "is not a run folder" in errors
+
+
+def test_documents_refuses_a_configuration_that_is_nested_too_deeply_to_be_read(run, monkeypatch):
+    def too_deep(text):
+        raise RecursionError
+
+    monkeypatch.setattr(documents.yaml, "safe_load", too_deep)
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        documents.read_run(run)

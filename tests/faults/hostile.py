@@ -1,10 +1,10 @@
 """Hostile files against every entry point: nothing of theirs runs, nothing is written outside the run folder.
 
-What is put where stands in `hostile_checkpoints.py` and `hostile_inputs.py`; here it is played and judged.
+What is put where stands in `hostile_checkpoints.py` and `hostile_inputs.py`; here it is played and judged. No input is
+worse than this project's own guards need: just over one of its bounds, or a call of `tests.faults.canary`.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from attnres.files.hashes import sha256_of
+from attnres.files.whole_files import MOST_BYTES, MOST_DEPTH
+from tests.faults import canary
 from tests.faults.runner import Outcome
 from tests.faults.world import Base
 
@@ -130,24 +132,21 @@ def play(base: Base, case: Case) -> Outcome:
     return Outcome("hostile", ROW, name, expected, found, "; ".join(wrong), time.monotonic() - began)
 
 
-class _Runs:
-    def __init__(self, command: str) -> None:
-        self.command = command
+class Code:
+    """Calls the canary where a pickle of it is loaded."""
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, (self.command,)
-
-
-def code_payload(trap: Trap) -> _Runs:
-    return _Runs(f"touch {trap.canary}")
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return canary.touch, ()
 
 
 def deep() -> str:
-    return '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+    """One level more than is read."""
+    return '{"a":' + "[" * MOST_DEPTH + "]" * MOST_DEPTH + "}"
 
 
 def huge() -> str:
-    return '{"a": "' + "x" * (33 * 2**20) + '"}'
+    """A little more than is read."""
+    return '{"a": "' + "x" * MOST_BYTES + '"}'
 
 
 def write(name: str, content: Callable[[], str]) -> Change:

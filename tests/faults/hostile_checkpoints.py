@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attnres.files.hashes import sha256_of
-from tests.faults.hostile import PROBE_WORDS, Case, Change, Prepare, Trap, code_payload, deep, huge, write
+from tests.faults.hostile import PROBE_WORDS, Case, Change, Code, Prepare, Trap, deep, huge, write
 
 
 # Where each kind of checkpoint goes in.
@@ -53,31 +53,35 @@ def _at(door: str, change: Change, seal: bool = True) -> Prepare:
 
 
 def _pickle_in_zip(trap: Trap, step: Path) -> None:
-    torch.save({"state_dict": code_payload(trap)}, step / "training.ckpt")
+    torch.save({"state_dict": Code()}, step / "training.ckpt")
 
 
 def _plain_pickle(trap: Trap, step: Path) -> None:
-    (step / "training.ckpt").write_bytes(pickle.dumps(code_payload(trap)))
+    (step / "training.ckpt").write_bytes(pickle.dumps(Code()))
 
 
-def _zip_bomb(trap: Trap, step: Path) -> None:
+def _compressed(trap: Trap, step: Path) -> None:
     with zipfile.ZipFile(step / "training.ckpt") as archive:
         members = {m.filename: archive.read(m) for m in archive.infolist()}
     with zipfile.ZipFile(step / "training.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            archive.writestr(name, content if not name.endswith("data/0") else bytes(32 * 2**20))
+            archive.writestr(name, content)
 
 
 def _repeated_elements(trap: Trap, step: Path) -> None:
     state = torch.load(step / "training.ckpt", weights_only=True)
-    name = next(iter(state["state_dict"]))
-    state["state_dict"][name] = torch.zeros(1).expand(2**20, 2**20)
+    name = max(state["state_dict"], key=lambda name: state["state_dict"][name].numel())
+    state["state_dict"][name] = torch.zeros(1).expand(state["state_dict"][name].shape)
     torch.save(state, step / "training.ckpt")
+
+
+_CANARY = "tests.faults.canary.touch"
+_EXPRESSION = "__import__('tests.faults.canary', fromlist=['touch']).touch()"
 
 
 def _wrong_loops(trap: Trap, step: Path) -> None:
     state = torch.load(step / "training.ckpt", weights_only=True)
-    state["loops"] = {"fit_loop": "__import__('os').system('touch canary')"}
+    state["loops"] = {"fit_loop": _EXPRESSION}
     torch.save(state, step / "training.ckpt")
 
 
@@ -89,7 +93,7 @@ def _wrong_optimizer(trap: Trap, step: Path) -> None:
 
 def _pickled_weights(trap: Trap, step: Path) -> None:
     (step / "model" / "model.safetensors").unlink()
-    torch.save({"x": code_payload(trap)}, step / "model" / "pytorch_model.bin")
+    torch.save({"x": Code()}, step / "model" / "pytorch_model.bin")
 
 
 def _config(**changes: Any) -> Change:
@@ -105,14 +109,14 @@ def _config(**changes: Any) -> Change:
 def _stored_config(trap: Trap, step: Path) -> None:
     path = step / "model" / "training.json"
     record = json.loads(path.read_text())
-    record["config"]["model"] = {"_target_": "os.system", "_args_": [f"touch {trap.canary}"]}
+    record["config"]["model"] = {"_target_": _CANARY}
     path.write_text(json.dumps(record))
 
 
 def _stored_data_config(trap: Trap, step: Path) -> None:
     path = step / "model" / "data.json"
     record = json.loads(path.read_text())
-    record["config"] |= {"_target_": "os.system", "obtain": f"touch {trap.canary}"}
+    record["config"] |= {"_target_": _CANARY, "obtain": f"touch {trap.canary}"}
     path.write_text(json.dumps(record))
 
 
@@ -159,17 +163,15 @@ def _safetensors(header: bytes, length: int | None = None) -> Change:
     return change
 
 
-_BIG_SHAPE = json.dumps(
-    {"model.norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
-).encode()  # fmt: skip
+_NO_DATA = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
 
 
 _CHECKPOINTS: tuple[tuple[str, Change, bool, dict[str, tuple[int, ...]]], ...] = (
     # payload, change, whether the manifest is made to agree, door -> exit codes
     ("pickle in a torch archive", _pickle_in_zip, True, {"train resume=": (4,), "probe ckpt=": (0,)}),
     ("plain pickle as training.ckpt", _plain_pickle, True, {"train resume=": (4,)}),
-    ("compressed torch archive (zip bomb)", _zip_bomb, True, {"train resume=": (4,)}),
-    ("tensor of stride 0 that claims 4 TiB", _repeated_elements, True, {"train resume=": (4,)}),
+    ("compressed torch archive", _compressed, True, {"train resume=": (4,)}),
+    ("tensor of stride 0 that is larger than its storage", _repeated_elements, True, {"train resume=": (4,)}),
     ("loop state that is none", _wrong_loops, True, {"train resume=": (4,)}),
     ("optimizer state of another optimizer", _wrong_optimizer, True, {"train resume=": (4,)}),
     ("pickle in pytorch_model.bin", _pickled_weights, True, {d: (4,) for d in _DOORS if d != "train resume="}),
@@ -177,13 +179,14 @@ _CHECKPOINTS: tuple[tuple[str, Change, bool, dict[str, tuple[int, ...]]], ...] =
      trust_remote_code=True), True, {d: (0,) for d in _DOORS if d != "train resume="}),
     ("attention kernel from the hub", _config(attn_implementation="owner/kernel", _attn_implementation="owner/kernel"),
      True, {"probe ckpt=": (0,)}),
-    ("_target_ in config.json", _config(_target_="os.system", model_type="evil"), True,
+    ("_target_ in config.json", _config(_target_=_CANARY, model_type="evil"), True,
      {d: (4,) for d in _DOORS if d != "train resume="}),
-    ("10^9 layers", _config(num_hidden_layers=10**9, layer_types=None), True,
+    ("a hundred layers where three are held", _config(num_hidden_layers=100, layer_types=None), True,
      {d: (4,) for d in _DOORS if d != "train resume="}),
-    ("head_dim of 2^34", _config(head_dim=2**34), True, {d: (4,) for d in _DOORS if d != "train resume="}),
-    ("vocabulary of 2^40", _config(vocab_size=2**40), True, {d: (4,) for d in _DOORS if d != "train resume="}),
-    ("activation that is an expression", _config(hidden_act="__import__('os').system('touch canary')"), True,
+    ("head_dim of twice what is held", _config(head_dim=32), True, {d: (4,) for d in _DOORS if d != "train resume="}),
+    ("vocabulary of 2^14 where 300 are held", _config(vocab_size=2**14), True,
+     {d: (4,) for d in _DOORS if d != "train resume="}),
+    ("activation that is an expression", _config(hidden_act=_EXPRESSION), True,
      {"probe ckpt=": (4,)}),
     ("_target_ in the stored configuration", _stored_config, True, {"train resume=": (4,)}),
     ("_target_ and a command in data.json", _stored_data_config, True, {"probe ckpt=": (2,)}),
@@ -198,14 +201,15 @@ _CHECKPOINTS: tuple[tuple[str, Change, bool, dict[str, tuple[int, ...]]], ...] =
     ("weights linked from outside", _link_out("model/model.safetensors"), True, {d: (4,) for d in _DOORS}),
     ("training.ckpt linked from outside", _link_out("training.ckpt"), True, {"train resume=": (4,)}),
     ("pipe in place of a file", _fifo, False, {d: (4,) for d in _DOORS if d != "probe baseline="}),
-    ("safetensors header of 2^60 bytes", _safetensors(b"{}", 2**60), True,
+    ("safetensors header of one byte more than the file", _safetensors(b"{}", 3), True,
      {d: (4,) for d in _DOORS if d != "train resume="}),
-    ("safetensors shape of 2^40", _safetensors(_BIG_SHAPE), True, {d: (4,) for d in _DOORS if d != "train resume="}),
+    ("safetensors tensor of more than the file", _safetensors(_NO_DATA), True,
+     {d: (4,) for d in _DOORS if d != "train resume="}),
     ("safetensors header nested deeply", _safetensors(deep().encode()), True, {"probe ckpt=": (4,)}),
 )  # fmt: skip
 
-_SHORT = {"pickle in a torch archive", "compressed torch archive (zip bomb)", "manifest that climbs out",
-          "head_dim of 2^34", "weights linked from outside"}  # fmt: skip
+_SHORT = {"pickle in a torch archive", "compressed torch archive", "manifest that climbs out",
+          "head_dim of twice what is held", "weights linked from outside"}  # fmt: skip
 
 CASES: tuple[Case, ...] = (
     *(

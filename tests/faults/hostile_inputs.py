@@ -19,9 +19,9 @@ from tests.faults.hostile import (
     SECRET,
     Case,
     Change,
+    Code,
     Prepare,
     Trap,
-    code_payload,
     deep,
     huge,
     replace_by_link,
@@ -89,18 +89,7 @@ def _markup_in_summary(trap: Trap, folder: Path) -> None:
 
 
 def _pickled_table(trap: Trap, folder: Path) -> None:
-    (folder / "effects.parquet").write_bytes(pickle.dumps(code_payload(trap)))
-
-
-def _many_rows(trap: Trap, folder: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    frame = pd.read_parquet(folder / "effects.parquet")
-    constant = pa.Table.from_pandas(frame.iloc[[0] * 1_000_000], preserve_index=False)
-    with pq.ParquetWriter(folder / "effects.parquet", constant.schema, compression="zstd") as writer:
-        for _ in range(101):
-            writer.write_table(constant)
+    (folder / "effects.parquet").write_bytes(pickle.dumps(Code()))
 
 
 # Text, tokenizer and cached shards.
@@ -169,16 +158,16 @@ def _corpus_large_ids(trap: Trap, folder: Path, record: dict[str, Any]) -> None:
 
 
 def _corpus_claims(trap: Trap, folder: Path, record: dict[str, Any]) -> None:
-    record["vocab_size"] = 2**40
+    record["vocab_size"] = 2**31
 
 
 def _pickled_shard(trap: Trap, folder: Path) -> None:
-    (folder / "train.tokens").write_bytes(pickle.dumps(code_payload(trap)))
+    (folder / "train.tokens").write_bytes(pickle.dumps(Code()))
 
 
 def _object_array(trap: Trap, folder: Path) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, np.array([code_payload(trap)], dtype=object), allow_pickle=True)
+    np.save(buffer, np.array([Code()], dtype=object), allow_pickle=True)
     (folder / "documents.parquet").write_bytes(buffer.getvalue())
 
 
@@ -187,7 +176,7 @@ def _config_folder(text: str) -> Prepare:
     def prepare(trap: Trap) -> tuple[str, list[str]]:
         folder = trap.folder / "conf" / "experiment"
         folder.mkdir(parents=True)
-        (folder / "evil.yaml").write_text("# @package _global_\n" + text.replace("CANARY", str(trap.canary)))
+        (folder / "evil.yaml").write_text("# @package _global_\n" + text)
         return "train", ["+experiment=evil", "--config-dir", str(trap.folder / "conf")]
 
     return prepare
@@ -203,7 +192,7 @@ def _secret_key(trap: Trap) -> tuple[str, list[str]]:
 
 def _rerun(trap: Trap) -> tuple[str, list[str]]:
     path = trap.folder / "config.pickle"
-    path.write_bytes(pickle.dumps(code_payload(trap)))
+    path.write_bytes(pickle.dumps(Code()))
     return "train", ["--experimental-rerun", str(path)]
 
 
@@ -222,20 +211,18 @@ CASES: tuple[Case, ...] = (
     Case("report DIR", "markup in the tables", _report(_markup_in_tables), (0, 3), True),
     Case("report DIR", "markup and a secret in the summary", _report(_markup_in_summary), (0,), True),
     Case("report DIR", "pickle as a table", _report(_pickled_table), (3,)),
-    Case("report DIR", "table of 101 million rows", _report(_many_rows), (3,)),
     Case("report DIR", "deeply nested summary.json", _report(write("summary.json", deep)), (3,)),
     Case("report DIR", "huge preregistration.json", _report(write("preregistration.json", huge)), (3,)),
     Case("report DIR", "report.html is a link",
          _report(lambda trap, folder: replace_by_link(folder / "report.html", trap)), (2,)),
-    Case("data files", "deeply nested .jsonl", _text("x.jsonl", lambda t: deep().encode()), (3,)),
-    Case("data files", "pickle as .parquet", _text("x.parquet", lambda t: pickle.dumps(code_payload(t))), (3,)),
-    Case("data files", "pickle as .txt", _text("x.txt", lambda t: pickle.dumps(code_payload(t))), (3,)),
+    Case("data files", "pickle as .parquet", _text("x.parquet", lambda t: pickle.dumps(Code())), (3,)),
+    Case("data files", "pickle as .txt", _text("x.txt", lambda t: pickle.dumps(Code())), (3,)),
     Case("data files", "a name with a command in it",
          _text("$(touch canary);`touch canary`.txt", lambda t: b"alpha beta gamma " * 40), (0,)),
     Case("data files", "markup as text", _text("m.txt", lambda t: _MARKUP.encode() * 20), (0,)),
     Case("tokenizer.json", "an id of 2^31", _tokenizer(_large_id), (3,), True),
     Case("tokenizer.json", "nested deeply", _tokenizer(lambda t, s: deep().encode()), (3,)),
-    Case("tokenizer.json", "pickle", _tokenizer(lambda t, s: pickle.dumps(code_payload(t))), (3,)),
+    Case("tokenizer.json", "pickle", _tokenizer(lambda t, s: pickle.dumps(Code())), (3,)),
     Case("tokenizer.json", "empty vocabulary", _tokenizer(lambda t, s: json.dumps(
         s | {"added_tokens": [], "model": s["model"] | {"vocab": {}, "merges": []}}).encode()), (3,)),
     Case("tokenizer.json", "nested tokenizer_config.json beside it", _bad_tokenizer_config, (0, 3)),
@@ -248,19 +235,19 @@ CASES: tuple[Case, ...] = (
             ("deeply nested manifest", write("manifest.json", deep)),
             ("manifest that climbs out", _sealed_corpus(_corpus_escape)),
             ("ids beyond the vocabulary", _sealed_corpus(_corpus_large_ids)),
-            ("vocabulary of 2^40", _sealed_corpus(_corpus_claims)),
+            ("vocabulary of 2^31", _sealed_corpus(_corpus_claims)),
         )
         if (command, payload) != ("probe", "ids beyond the vocabulary")
     ),
     Case("configuration", "python tag in YAML",
-         _config_folder("name: !!python/object/apply:os.system ['touch CANARY']\n"), (2,)),
+         _config_folder("name: !!python/object/apply:tests.faults.canary.touch []\n"), (2,)),
     Case("configuration", "_target_ in an experiment",
-         _config_folder("model:\n  _target_: os.system\n  _args_: ['touch CANARY']\n"), (2,)),
+         _config_folder("model:\n  _target_: tests.faults.canary.touch\n"), (2,)),
     Case("configuration", "a Hydra callback in an experiment", _config_folder(
-        "hydra:\n  callbacks:\n    x:\n      _target_: os.system\n      command: touch CANARY\n"), (2,), True),
+        "hydra:\n  callbacks:\n    x:\n      _target_: tests.faults.canary.touch\n"), (2,), True),
     Case("configuration", "a logging factory in an experiment", _config_folder(
-        "hydra:\n  job_logging:\n    version: 1\n    handlers:\n      x:\n        (): os.system\n"
-        "        command: touch CANARY\n"), (2,)),
+        "hydra:\n  job_logging:\n    version: 1\n    handlers:\n      x:\n        (): "
+        "tests.faults.canary.touch\n"), (2,)),
     Case("configuration", "pickle to run again", _rerun, (2,)),
     Case("logs and files", "secrets in the environment and in a command", _secrets, (0,), True,
          (("HF_TOKEN", SECRET), ("WANDB_API_KEY", SECRET), ("AWS_SECRET_ACCESS_KEY", SECRET))),

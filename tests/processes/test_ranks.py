@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from training_runs import two_ranks
 
-from attnres.errors import AttnResError, DataError
+from attnres.errors import AttnResError, ConfigError, DataError
 from attnres.processes.ranks import Ranks
 
 
@@ -31,6 +32,26 @@ def first_fails() -> None:
 
 def test_ranks_that_wait_for_the_first_end_with_its_error() -> None:
     assert two_ranks(first_fails) == [DataError.code] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (MisconfigurationException("You requested gpu: [0, 1], but your machine only has: [0]"), ConfigError),
+        (RuntimeError("no such device"), ConfigError),
+        (torch.distributed.DistNetworkError("the address is in use"), torch.distributed.DistNetworkError),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), torch.AcceleratorError),
+    ],
+)
+def test_ranks_say_of_the_configuration_what_is_wrong_with_it_alone(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
+) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("attnres.processes.ranks.Fabric", fails)
+    with pytest.raises(raised):
+        Ranks.launch(2, torch.device("cpu"))
 
 
 def test_ranks_of_one_process_need_no_group() -> None:

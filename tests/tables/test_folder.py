@@ -157,3 +157,11 @@ def test_read_viewer_refuses_a_file_that_no_page_can_hold(tmp_path):
     (tmp_path / VIEWER).write_bytes(b" " * (MOST_READ + 1))
     with pytest.raises(DataError, match="more than 8000000 bytes: delete it, and the report has no viewer"):
         read_viewer(tmp_path)
+
+
+def test_read_table_refuses_more_rows_than_its_bound_before_it_reads_them(tmp_path, monkeypatch):
+    write_table(tmp_path, columns.EFFECTS, EFFECTS)
+    monkeypatch.setattr("attnres.tables.folder._MOST_ROWS", len(EFFECTS) - 1)
+    monkeypatch.setattr("pandas.read_parquet", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(DataError, match=f"{len(EFFECTS):,} rows, at most {len(EFFECTS) - 1:,} are read"):
+        read_table(tmp_path, columns.EFFECTS)

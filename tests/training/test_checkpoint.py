@@ -38,6 +38,24 @@ def write(data: dict[str, Any]) -> Callable[[Path], None]:
     return write_one
 
 
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("CUDA error: device-side assert triggered"), MemoryError("no more")]
+)
+def test_a_failure_of_the_machine_while_saving_or_reading_is_no_fault_of_the_disk_or_the_file(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    write(tmp_path / "whole")
+    monkeypatch.setattr(torch, "save", fails)
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(type(error)):
+        write(tmp_path / "step")
+    with pytest.raises(type(error)):
+        checkpoint_module.read_state(tmp_path / "whole" / "training.ckpt", write.model)  # type: ignore[attr-defined]
+
+
 def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

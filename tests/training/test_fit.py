@@ -247,10 +247,26 @@ def test_wandb_without_a_server_logs_offline(tmp_path: Path, monkeypatch: pytest
     address = types.SimpleNamespace(settings=types.SimpleNamespace(base_url="http://127.0.0.1:9"))
     fake_wandb(monkeypatch, init=init, setup=lambda: address)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    logger = WandbLogger(LoggerConfig(wandb="online"), tmp_path, {})
+    logger = WandbLogger(LoggerConfig(wandb="online"), tmp_path, {}, resume_step=0)
     logger.log_metrics({"loss": 1.5}, step=3)
     logger.finalize("success")
     assert logged == [(3, 1.5), 0]
+
+
+def test_wandb_gets_again_what_it_lacks_up_to_the_resumed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has steps 0 and 1 and takes nothing below 2; step 4 is trained again."""
+    (tmp_path / "metrics.csv").write_text(
+        "step,tokens,loss,val_loss\n1,10,0.5,\n2,20,0.25,\n3,30,nan,0.75\n4,40,0.1,\n"
+    )
+    logged: list[Any] = []
+    server = types.SimpleNamespace(step=2, log=lambda values, step: logged.append((step, repr(values))))
+    fake_wandb(monkeypatch, init=lambda **_: server)
+    WandbLogger(LoggerConfig(wandb="offline"), tmp_path, {}, resume_step=3).log_metrics({"loss": 0.2}, step=4)
+    assert logged == [
+        (2, "{'step': 2, 'tokens': 20, 'loss': 0.25}"),
+        (3, "{'step': 3, 'tokens': 30, 'loss': nan, 'val_loss': 0.75}"),
+        (4, "{'step': 4, 'loss': 0.2}"),
+    ]
 
 
 def test_csv_logger_drops_rows_after_the_resumed_step_and_a_torn_line(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from attnres.files.run_folder import list_steps
+
 ROOT = Path(__file__).parents[2]
 # Of the preempted job.
 STEPS = 40
@@ -168,6 +170,28 @@ def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
     assert only_run(tmp_path) == folder
     assert json.loads((folder / "complete.json").read_text())["step"] == STEPS
     assert len((folder / "metrics.csv").read_text().splitlines()) == STEPS + 1
+
+
+def test_submitit_job_whose_time_is_up_saves_before_it_goes_back_into_the_queue(
+    tmp_path: Path, words: list[str]
+) -> None:
+    """SIGUSR2 comes in the second step of each life, which only the first one has."""
+    launch = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}/sweep"]
+    tiny = [*words, "model.num_hidden_layers=4", "trainer.max_steps=3", "trainer.log_every_steps=1"]
+    done = subprocess.run(
+        [*launch, *tiny],
+        cwd=ROOT,
+        env=environment(ATTNRES_FAULT="train.step@2:usr2"),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    assert list(list_steps(folder)) == [2, 3]
+    assert json.loads((folder / "complete.json").read_text())["step"] == 3
+    (log,) = (tmp_path / "sweep").glob(".submitit/*/*.out")
+    assert log.read_text().count("Requeued job") == 1
 
 
 def test_sweep_of_three_jobs_leaves_three_folders(tmp_path: Path, words: list[str]) -> None:

@@ -128,7 +128,7 @@ def test_loggers_take_tables_and_alerts(tmp_path: Path, monkeypatch: pytest.Monk
 
     fake_wandb(monkeypatch, init=lambda **_: Run(), Table=lambda columns, data: (columns, data))
     table = [{"tokens": 7, "family": "older", "mass": 0.5}, {"tokens": 7, "family": "recent", "mass": 0.25}]
-    for logger in (WandbLogger(LoggerConfig(), tmp_path, {}), CsvLogger(tmp_path / "metrics.csv", 0)):
+    for logger in (WandbLogger(LoggerConfig(), tmp_path, {}, resume_step=0), CsvLogger(tmp_path / "metrics.csv", 0)):
         logger.log_table("routing", table, step=3)
         logger.alert("Loss spike", "at step 3")
     columns = ["tokens", "family", "mass"]

@@ -253,3 +253,13 @@ def test_file_stream_of_the_interpreter_skips_what_is_not_utf8(tmp_path, monkeyp
 def test_data_config_names_the_impossible_field(changes, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**changes)
+
+
+def test_file_stream_names_a_line_that_is_nested_too_deeply_to_be_read(tmp_path, monkeypatch):
+    def too_deep(line):
+        raise RecursionError("maximum recursion depth exceeded")
+
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    monkeypatch.setattr("json.loads", too_deep)
+    with pytest.raises(DataError, match="a.jsonl, line 1: not JSON"):
+        texts_of(files(tmp_path / "a.jsonl"))
