@@ -75,6 +75,7 @@ def only_run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_cluster_experiment(tmp_path: Path, words: list[str]) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     done = subprocess.run(
@@ -106,6 +107,7 @@ echo "$@" >> "$REQUEUED"
 """
 
 
+@pytest.mark.slow
 def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
     tmp_path: Path, words: list[str], request: pytest.FixtureRequest
 ) -> None:
@@ -170,6 +172,7 @@ def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
     assert len((folder / "metrics.csv").read_text().splitlines()) == STEPS + 1
 
 
+@pytest.mark.slow
 def test_sweep_of_three_jobs_leaves_three_folders(tmp_path: Path, words: list[str]) -> None:
     launch = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}/sweep"]
     tiny = [*words, "trainer.max_steps=2", "model.num_hidden_layers=4"]
