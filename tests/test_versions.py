@@ -40,3 +40,8 @@ def test_locked_versions_and_the_default_torch_are_inside_the_ranges() -> None:
     ranges = {requirement.name: requirement.specifier for requirement in REQUIREMENTS}
     assert set(map(lambda text: Requirement(text).name, PROJECT["dependencies"] + EXTRAS["dev"])) <= set(locked)
     assert not {name: version for name, version in locked.items() if version not in ranges.get(name, SpecifierSet())}
+
+
+def test_every_extra_has_a_test_that_installs_it_and_carries_out_its_recipe() -> None:
+    text = (ROOT / "tests/long/test_extras.py").read_text()
+    assert sorted(re.findall(r"^def test_([a-z]+)_extra_", text, re.MULTILINE)) == sorted(EXTRAS)

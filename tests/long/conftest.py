@@ -1,5 +1,6 @@
 """The environment that the long tests begin with."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,5 +19,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> Environmen
     """The package as `pip install attnres` leaves it, without an extra."""
     environment = Environment.new(tmp_path_factory.mktemp("plain"), sources)
     environment.install(*torch_options())
+    # The Triton that belongs to this torch, which a build without CUDA does not name.
+    environment.install(*re.findall(r"^triton==[0-9.]+", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     environment.install(sources)
     return environment
