@@ -1,5 +1,8 @@
-# make demo   train AttnRes and vanilla on the standard library's text, probe, print the report's path
-# make test   everything that is promised, without a GPU or a network
+# make demo       train AttnRes and vanilla on the standard library's text, probe, print the report's path
+# make test       what a change must pass, without a GPU or a network
+# make test-all   everything that needs neither a GPU nor a network; test-rest is what it adds to `make test`
+# make test-long  what needs a package index or hours: the oldest and the newest versions, every extra and its recipe,
+#                 transformers' own tests (TRANSFORMERS=<source archive of the installed version's git tag>), faults, soak
 # Each target installs what it needs into .venv first. TORCH chooses the build, with pip's own options where it needs
 # them, e.g. make demo TORCH="torch==2.13.0 --index-url <PyTorch's CPU index>".
 PYTHON ?= python3
@@ -7,7 +10,7 @@ TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test test-rest test-all test-long lint format lock clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): requirements.lock pyproject.toml
@@ -24,7 +27,18 @@ demo: $(INSTALLED)
 	$(PY) probe.py ckpt=runs/attnres_tiny
 
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not slow and not long"
+
+test-rest: $(INSTALLED)
+	$(PY) -m pytest -m "slow and not long"
+
+test-all: $(INSTALLED)
+	$(PY) -m pytest -m "not long"
+
+test-long: $(INSTALLED)
+	TORCH="$(TORCH)" TRANSFORMERS="$(TRANSFORMERS)" $(PY) -m pytest -n 0 -s -rs -m long
+	$(PY) -m tests.faults --long
+	$(PY) -m tests.faults.soak
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

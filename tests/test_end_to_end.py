@@ -99,6 +99,7 @@ def test_probe_compares_all_models_on_the_same_windows(probed):
     assert not (probed / "parts").exists()
 
 
+@pytest.mark.slow
 def test_probe_twice_gives_the_same_tables_also_when_it_is_stopped_and_resumed(trained, probed):
     tables = ("cells.csv", "contrasts.csv", "effects.csv", "mass.parquet", "routing.csv", "attribution.parquet")
     before = {name: (probed / name).read_bytes() for name in tables}
@@ -115,6 +116,7 @@ def test_probe_twice_gives_the_same_tables_also_when_it_is_stopped_and_resumed(t
     assert (probed / "preregistration.json").read_bytes() == registered
 
 
+@pytest.mark.slow
 def test_probe_as_a_submitit_job_that_is_preempted_keeps_its_cells_before_it_goes_back_into_the_queue(trained, probed):
     """SIGUSR2 comes after twelve cells of a life; the second one has fewer left."""
     settings = PROBE.replace("runs_dir={tmp}/runs", "runs_dir={tmp}/requeued").format(tmp=trained).split()
@@ -131,6 +133,7 @@ def test_probe_as_a_submitit_job_that_is_preempted_keeps_its_cells_before_it_goe
     pd.testing.assert_frame_equal(ours.sort_index(), theirs.loc[ours.index].sort_index())
 
 
+@pytest.mark.slow
 def test_probe_shared_by_two_processes_gives_the_same_tables(trained, probed):
     settings = PROBE.replace("runs_dir={tmp}/runs", "runs_dir={tmp}/shared")
     done = run_warm(trained, "probe.py", settings, "device=cpu", "devices=2")
@@ -140,6 +143,7 @@ def test_probe_shared_by_two_processes_gives_the_same_tables(trained, probed):
         assert (folder / name).read_bytes() == (probed / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_member(trained, probed):
     run_warm(trained, "probe.py", "-m " + PROBE, "probe.families=embedding,older")
     members = sorted(set((trained / "runs").glob("probe_*/summary.json")) - {probed / "summary.json"})

@@ -46,6 +46,7 @@ import attnres.model.state
 assert "attnres.model.state" in Instrumenting.seen, Instrumenting.seen
 sys.meta_path.remove(Instrumenting)
 """
+LOOKED_FOR = "import attnres, importlib.util; importlib.util.find_spec('transformers.models.auto.configuration_auto')"
 LOADERS = """
 import attnres, importlib.metadata, importlib.resources, inspect
 from importlib.machinery import SourceFileLoader
@@ -69,20 +70,25 @@ def run(code: str, *arguments: str) -> str:
     "order",
     [
         "import attnres; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig; import attnres; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import attnres",
         # The registries are loaded in the middle of modules that our classes need.
         "import attnres; import transformers.modeling_utils",
-        "import attnres; from transformers import Qwen3Config",
-        "import attnres, importlib; importlib.reload(attnres)",
-        "import attnres, importlib; from transformers import AutoModelForCausalLM; importlib.reload(attnres)",
-        # A module that is looked for and not loaded.
-        "import attnres, importlib.util; importlib.util.find_spec('transformers.models.auto.configuration_auto')",
-        # A module that fails to load.
-        "import attnres, contextlib\nwith contextlib.suppress(ImportError): import transformers.no_such_module",
-        pytest.param(OTHER_THREAD, id="another thread in the middle of a module"),
-        pytest.param(OTHER_FINDER, id="a finder that instruments"),
-        pytest.param(LOADERS, id="loaders stay what they are"),
+        *(
+            pytest.param(order, marks=pytest.mark.slow)
+            for order in (
+                "from transformers import AutoConfig; import attnres; from transformers import AutoModelForCausalLM",
+                "import attnres; from transformers import Qwen3Config",
+                "import attnres, importlib; importlib.reload(attnres)",
+                "import attnres, importlib; from transformers import AutoModelForCausalLM; importlib.reload(attnres)",
+                # A module that is looked for and not loaded.
+                LOOKED_FOR,
+                # A module that fails to load.
+                "import attnres, contextlib\nwith contextlib.suppress(ImportError): import transformers.no_such_module",
+            )
+        ),
+        pytest.param(OTHER_THREAD, id="another thread in the middle of a module", marks=pytest.mark.slow),
+        pytest.param(OTHER_FINDER, id="a finder that instruments", marks=pytest.mark.slow),
+        pytest.param(LOADERS, id="loaders stay what they are", marks=pytest.mark.slow),
     ],
 )
 def test_auto_classes_know_the_model_whatever_is_imported_first(order):

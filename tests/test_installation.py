@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,25 @@ def test_default_torch_is_the_same_everywhere():
     assert set(found) == {"torch==2.13.0"}
 
 
-@pytest.mark.skipif(
-    "CI" not in os.environ and "ATTNRES_TEST_INSTALL" not in os.environ,
-    reason="installs everything anew (minutes, a package index); set ATTNRES_TEST_INSTALL=1",
-)
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_three_sizes_of_tests_split_the_suite():
+    """`make test` and `make test-rest` share no test; together they are `make test-all`, and the rest is long."""
+
+    def runs(target: str, slow: bool, long: bool) -> bool:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+        (expression,) = re.findall(r"-m pytest .*-m \"?((?:not |and |slow ?|long ?)+)", done.stdout)
+        return bool(eval(expression, {}, {"slow": slow, "long": long}))
+
+    for slow, long in product((False, True), repeat=2):
+        sizes = {name: runs(name, slow, long) for name in ("test", "test-rest", "test-all", "test-long")}
+        assert sizes["test-all"] == (sizes["test"] ^ sizes["test-rest"])
+        assert sizes["test-long"] == (not sizes["test-all"]) == long
+        assert sizes["test"] <= (not slow)
+    commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make ")]
+    assert commands == ["make lint", "make test", "make test-rest"]
+
+
+@pytest.mark.long
 def test_dockerfile_python_lines_work_in_a_fresh_environment(tmp_path):
     for name in ("pyproject.toml", "requirements.lock", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

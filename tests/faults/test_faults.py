@@ -25,12 +25,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     return {outcome["name"]: outcome for outcome in found}
 
 
+@pytest.mark.slow
 def test_short_form_is_as_promised(outcomes: dict[str, dict[str, str]]) -> None:
     wrong = {name: outcome["wrong"] for name, outcome in outcomes.items() if not outcome["ok"]}
     assert not wrong
     assert len(outcomes) >= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["scenario", "hostile", "special", "flips"])
 def test_short_form_plays_every_part(outcomes: dict[str, dict[str, str]], part: str) -> None:
     assert any(outcome["part"] == part for outcome in outcomes.values())

@@ -15,6 +15,8 @@ from warm_processes import exit_code, in_child
 from attnres.files.run_folder import list_steps
 from attnres.model.loading import load_model
 
+pytestmark = pytest.mark.slow
+
 # Strategy, micro-batches in a step, workers.
 BITWISE = list(product(("ddp", "fsdp2"), (1, 2), (0, 2)))
 STEPS = 4

@@ -77,6 +77,7 @@ def only_run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_cluster_experiment(tmp_path: Path, words: list[str]) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     done = subprocess.run(
@@ -108,6 +109,7 @@ echo "$@" >> "$REQUEUED"
 """
 
 
+@pytest.mark.slow
 def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
     tmp_path: Path, words: list[str], request: pytest.FixtureRequest
 ) -> None:
@@ -172,6 +174,7 @@ def test_slurm_job_that_is_preempted_requeues_itself_and_finishes_in_its_folder(
     assert len((folder / "metrics.csv").read_text().splitlines()) == STEPS + 1
 
 
+@pytest.mark.slow
 def test_submitit_job_whose_time_is_up_saves_before_it_goes_back_into_the_queue(
     tmp_path: Path, words: list[str]
 ) -> None:
@@ -194,6 +197,7 @@ def test_submitit_job_whose_time_is_up_saves_before_it_goes_back_into_the_queue(
     assert log.read_text().count("Requeued job") == 1
 
 
+@pytest.mark.slow
 def test_sweep_of_three_jobs_leaves_three_folders(tmp_path: Path, words: list[str]) -> None:
     launch = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}/sweep"]
     tiny = [*words, "trainer.max_steps=2", "model.num_hidden_layers=4"]

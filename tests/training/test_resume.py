@@ -46,7 +46,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> dic
     }
 
 
-@pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("accumulate", "workers"),
+    [(1, 0), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 0, marks=pytest.mark.slow), (2, 2)],
+)
 def test_train_resumes_bitwise_after_sigkill(
     tmp_path: Path, data: dict[str, Any], whole: dict[int, Path], accumulate: int, workers: int
 ) -> None:
@@ -60,6 +63,7 @@ def test_train_resumes_bitwise_after_sigkill(
     assert_same_run(folder, whole[accumulate], 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name", "call", "survives"),
     [
