@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 
 from attnres.depth.plan import DepthPlan
 from attnres.model.config import Qwen3AttnResConfig
+from attnres.model.keywords import CACHE, OTHER_CACHE, cache_keyword, one_cache
 from attnres.model.released import released_weights
 from attnres.model.routing import (
     FINAL,
@@ -41,15 +42,27 @@ from attnres.model.routing import (
 from attnres.model.state import Context, DepthState, Edit, Observer, Trace
 
 
+class _BothCacheNames:
+    """The cache of an output under the name that it has in other releases of the library, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == OTHER_CACHE:
+            return getattr(self, CACHE)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(CACHE if key == OTHER_CACHE else key)  # type: ignore[misc]
+
+
 @dataclass
-class AttnResModelOutput(BaseModelOutputWithPast):
+class AttnResModelOutput(_BothCacheNames, BaseModelOutputWithPast):
     """`routing`: one `[B, T, S_j]` fp32 tensor per read, oldest source first; None unless asked for."""
 
     routing: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class AttnResCausalLMOutput(CausalLMOutputWithPast):
+class AttnResCausalLMOutput(_BothCacheNames, CausalLMOutputWithPast):
     """`routing`: one `[B, T, S_j]` fp32 tensor per read, oldest source first; None unless asked for."""
 
     routing: tuple[Tensor, ...] | None = None
@@ -83,8 +96,8 @@ class Qwen3AttnResDecoderLayer(nn.Module):
             hidden_states=x,
             position_embeddings=context.position_embeddings,
             attention_mask=context.attention_mask,
-            past_key_values=context.past_key_values,
             position_ids=context.position_ids,
+            **cache_keyword(context.past_key_values),
             **(context.attention_kwargs or {}),
         )
         return out
@@ -96,6 +109,7 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
     config: Qwen3AttnResConfig
     config_class = Qwen3AttnResConfig
     _no_split_modules = ["Qwen3AttnResDecoderLayer"]
+    _skip_keys_device_placement = [CACHE, OTHER_CACHE]
     _can_record_outputs: dict[str, Any] = {}
 
     @classmethod
@@ -178,8 +192,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **cache_keyword(past_key_values),
         )
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -223,9 +237,11 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         use_cache: bool | None = None,
         output_routing: bool = False,
         observe: Observer | None = None,
+        cache: Cache | None = None,
         **shared: Any,
     ) -> AttnResModelOutput:
         """See `Qwen3AttnResForCausalLM.forward`; `shared` is for `context`: masks, positions, edit."""
+        past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -248,8 +264,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         hidden = self.finish(state, context)
         return AttnResModelOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
             routing=tuple(routing) if output_routing else None,
+            **cache_keyword(past_key_values if use_cache else None),
         )
 
 
@@ -278,6 +294,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_routing: bool = False,
         edit: Edit | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> AttnResCausalLMOutput:
         """Logits, and on request the routing.
@@ -286,6 +303,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, as in transformers; None for unpadded batches.
             position_ids: `[B, T]`; positions that restart at 0 separate packed documents.
+            past_key_values, cache: the cache, under either of the names that transformers has for it.
             labels: `[B, T]`, shifted inside as in transformers; -100 is ignored.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             output_routing: add `routing`, one `[B, T, S_j]` fp32 tensor per read, oldest source first.
@@ -297,11 +315,12 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_routing=output_routing,
             edit=edit,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -310,7 +329,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return AttnResCausalLMOutput(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, routing=outputs.routing
+            loss=loss, logits=logits, routing=outputs.routing, **cache_keyword(getattr(outputs, CACHE))
         )
 
 
