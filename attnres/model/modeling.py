@@ -4,8 +4,11 @@ The model is `embed -> step(state) per layer -> finish`, and `DepthState` is a v
 of a layer can start again from there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from inspect import signature
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +24,12 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from attnres.depth.plan import DepthPlan
 from attnres.model.config import Qwen3AttnResConfig
-from attnres.model.keywords import CACHE, OTHER_CACHE, cache_keyword, one_cache
+from attnres.model.keywords import CACHE, OTHER_CACHE, attention_arguments, cache_keyword, one_cache
 from attnres.model.released import released_weights
 from attnres.model.routing import (
     FINAL,
@@ -39,7 +43,7 @@ from attnres.model.routing import (
     route,
     stored_read,
 )
-from attnres.model.state import Context, DepthState, Edit, Observer, Trace
+from attnres.model.state import Context, DepthState, Edit, Observer, Trace, VectorEdit
 
 
 class _BothCacheNames:
@@ -103,6 +107,16 @@ class Qwen3AttnResDecoderLayer(nn.Module):
         return out
 
 
+def mixed(trace: Trace, edit: Edit | None) -> Tensor:
+    """What a read mixed, `h [B, T, D]`: its sources under its weights, both after an edit."""
+    sources = trace.sources
+    if isinstance(edit, VectorEdit) and edit.names(trace.site):
+        sources = edit.vectors(trace.site, sources)
+    weights = torch.exp(trace.log_weights)
+    terms = (source * weights[..., index, None] for index, source in enumerate(sources))
+    return sum(terms, start=torch.zeros_like(weights[..., :1])).to(sources[0].dtype)
+
+
 class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
     """Loading, saving and initialisation; a class of transformers."""
 
@@ -110,7 +124,7 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
     config_class = Qwen3AttnResConfig
     _no_split_modules = ["Qwen3AttnResDecoderLayer"]
     _skip_keys_device_placement = [CACHE, OTHER_CACHE]
-    _can_record_outputs: dict[str, Any] = {}
+    _can_record_outputs: dict[str, Any] = {"attentions": OutputRecorder(Qwen3Attention, index=1)}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +198,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         past_key_values: Cache | None = None,
         edit: Edit | None = None,
         observe: Observer | None = None,
-        **attention_kwargs: Any,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Context:
         """What the layers share: read parameters, rotary embeddings, causal mask, edit."""
         # Positions that the caller did not give stay out of the mask: they would be searched for packed documents.
@@ -228,20 +242,26 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         _, x = route(state, read, self.norm, self.config, context, self.backend)
         return x
 
-    @can_return_tuple
-    def forward(
+    @capture_outputs
+    def forward(  # type: ignore[misc]  # position_ids stands in TransformersKwargs, too
         self,
         input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_routing: bool = False,
+        edit: Edit | None = None,
         observe: Observer | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         cache: Cache | None = None,
-        **shared: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AttnResModelOutput:
-        """See `Qwen3AttnResForCausalLM.forward`; `shared` is for `context`: masks, positions, edit."""
+        """See `Qwen3AttnResForCausalLM.forward`."""
         past_key_values = one_cache(past_key_values, cache)
+        arguments = attention_arguments(kwargs, _forward_names, self.config._attn_implementation, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -251,22 +271,59 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if not isinstance(output_hidden_states, bool):
+            raise ValueError("output_hidden_states: give True or False; a selection of layers is not supported")
+        state = self.embed(inputs_embeds)
         routing: list[Tensor] = []
+        hidden_states = list(state.finished)
 
         def record(trace: Trace) -> None:
-            routing.append(torch.exp(trace.log_weights))
+            if output_routing:
+                routing.append(torch.exp(trace.log_weights))
+            if output_hidden_states and trace.site.sublayer == "attn" and trace.site.layer > 0:
+                hidden_states.append(mixed(trace, edit))
+            if observe is not None:
+                observe(trace)
 
-        state = self.embed(inputs_embeds)
-        observe = record if output_routing else observe
-        context = self.context(inputs_embeds, past_key_values=past_key_values, observe=observe, **shared)
-        for layer in range(self.config.num_hidden_layers):
-            state = self.step(state, layer, context)
-        hidden = self.finish(state, context)
+        with self._weights_at_hand(bool(output_attentions)):
+            context = self.context(
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                edit,
+                record if output_routing or output_hidden_states else observe,
+                arguments,
+            )
+            for layer in range(self.config.num_hidden_layers):
+                state = self.step(state, layer, context)
+        last = self.finish(state, context)
         return AttnResModelOutput(
-            last_hidden_state=hidden,
+            last_hidden_state=last,
+            hidden_states=(*hidden_states, last) if output_hidden_states else None,
             routing=tuple(routing) if output_routing else None,
             **cache_keyword(past_key_values if use_cache else None),
         )
+
+    @contextmanager
+    def _weights_at_hand(self, wanted: bool) -> Iterator[None]:
+        """Attention whose weights `capture_outputs` can record: only the eager function returns them."""
+        implementation = self.config._attn_implementation
+        if not wanted or implementation == "eager":
+            yield
+            return
+        if self.training and self.gradient_checkpointing:
+            raise ValueError(
+                f"output_attentions: {implementation} gives none, and the recomputation of gradient checkpointing "
+                "cannot change it; load the model with attn_implementation='eager'"
+            )
+        self.config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = implementation
 
 
 class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
@@ -282,7 +339,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids stands in TransformersKwargs, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -294,8 +351,9 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_routing: bool = False,
         edit: Edit | None = None,
+        observe: Observer | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AttnResCausalLMOutput:
         """Logits, and on request the routing.
 
@@ -308,8 +366,16 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             output_routing: add `routing`, one `[B, T, S_j]` fp32 tensor per read, oldest source first.
             edit: an intervention on routing; see `attnres.model.state.Edit`.
-            kwargs: for the decoder: `observe`, which is called with a `Trace` of every read (not with
-                `output_routing`), and arguments of the attention function.
+            observe: called with a `Trace` of every read.
+            kwargs: other words of transformers, such as `output_attentions`: `attentions`, one `[B, heads, T, T]`
+                tensor per layer. `output_hidden_states` adds `hidden_states`, L + 1 tensors `[B, T, D]`: the embedding;
+                for each further layer the mix of sources that its attention reads, in front of its norm; and the output
+                of the last norm. Each is thus what the additive model has there, and the last norm and the head make a
+                logit lens of it.
+
+        Raises:
+            TypeError: an unknown argument, with the nearest known one.
+            ValueError: an argument of transformers that is not supported.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -320,6 +386,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_routing=output_routing,
             edit=edit,
+            observe=observe,
             return_dict=True,
             **kwargs,
         )
@@ -329,8 +396,20 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return AttnResCausalLMOutput(
-            loss=loss, logits=logits, routing=outputs.routing, **cache_keyword(getattr(outputs, CACHE))
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            routing=outputs.routing,
+            **cache_keyword(getattr(outputs, CACHE)),
         )
+
+
+def _forward_names() -> set[str]:
+    """The arguments that a forward pass names."""
+    return {
+        name for model in (Qwen3AttnResModel, Qwen3AttnResForCausalLM) for name in signature(model.forward).parameters
+    }
 
 
 AutoModelForCausalLM.register(Qwen3AttnResConfig, Qwen3AttnResForCausalLM, exist_ok=True)
