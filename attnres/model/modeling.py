@@ -362,7 +362,9 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             attention_mask: `[B, T]`, as in transformers; None for unpadded batches.
             position_ids: `[B, T]`; positions that restart at 0 separate packed documents.
             past_key_values, cache: the cache, under either of the names that transformers has for it.
-            labels: `[B, T]`, shifted inside as in transformers; -100 is ignored.
+            labels: `[B, T]`, shifted inside as in transformers; -100 is ignored. As there, `shift_labels` among
+                `kwargs` are shifted already, and the loss is the sum over targets divided by `num_items_in_batch`,
+                where that is given, in place of their mean.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             output_routing: add `routing`, one `[B, T, S_j]` fp32 tensor per read, oldest source first.
             edit: an intervention on routing; see `attnres.model.state.Edit`.
@@ -377,6 +379,11 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             TypeError: an unknown argument, with the nearest known one.
             ValueError: an argument of transformers that is not supported.
         """
+        # Not in the signature: the library's Trainer takes every argument called something with "label" for one that a
+        # batch must hold.
+        words: dict[str, Any] = dict(kwargs)
+        of_loss = {name: words.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
+        of_loss = {name: value for name, value in of_loss.items() if value is not None}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -388,13 +395,13 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             edit=edit,
             observe=observe,
             return_dict=True,
-            **kwargs,
+            **words,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        if labels is not None or "shift_labels" in of_loss:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return AttnResCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -60,6 +60,43 @@ def test_the_cache_goes_by_both_names_in_arguments_and_outputs(make_model, ids, 
             part(ids, past_key_values=given, cache=given)
 
 
+def test_the_loss_follows_the_number_of_items_in_the_batch(make_model, ids):
+    model = make_model()
+    loss, targets = model(ids, labels=ids).loss, ids[:, 1:].numel()
+    for items in (100, torch.tensor(100)):
+        torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=items).loss, loss * targets / 100)
+
+
+def test_labels_that_are_shifted_already_are_used_as_they_are(make_model, ids):
+    model = make_model()
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    expected = model(ids, labels=ids).loss
+    for labels in (None, ids):
+        torch.testing.assert_close(model(ids, labels=labels, shift_labels=shifted).loss, expected)
+    # The Trainer asks for every argument with this in its name, and evaluates without a loss where one lacks.
+    assert [name for name in inspect.signature(model.forward).parameters if "label" in name] == ["labels"]
+
+
+def test_accumulated_batches_give_the_loss_and_gradients_of_the_whole_batch(make_model):
+    """8x1, 2x4 and 1x8, with targets that differ in number between the rows."""
+    batch = torch.randint(0, 64, (8, 20), generator=torch.Generator().manual_seed(2))
+    labels = batch.masked_fill(torch.arange(20) >= torch.arange(6, 22, 2)[:, None], -100)
+    items = (labels[:, 1:] != -100).sum()
+    model, seen = make_model().train(), []
+    for rows in (1, 2, 8):
+        model.zero_grad()
+        losses = [
+            model(ids, labels=targets, num_items_in_batch=items).loss
+            for ids, targets in zip(batch.split(rows), labels.split(rows), strict=True)
+        ]
+        sum(losses).backward()
+        seen.append((sum(losses).item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    for loss, gradients in seen[1:]:
+        assert loss == pytest.approx(seen[0][0], abs=1e-6)
+        for mine, first in zip(gradients, seen[0][1], strict=True):
+            torch.testing.assert_close(mine, first, rtol=0, atol=1e-6)
+
+
 def test_every_word_of_the_installed_transformers_is_decided_upon(make_model):
     """A release with a new word fails here, until it is obeyed or stands among the refused ones with the reason."""
     obeyed = set(inspect.signature(make_model().model.forward).parameters)
