@@ -1,11 +1,19 @@
 """Configuration of a Block AttnRes Qwen3."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Qwen3Config
 
+from attnres.config import nearest
 from attnres.depth.plan import DepthPlan
+
+# What released configurations may name, and the one value of each that this model computes.
+RELEASED = {"attnres_mode": "block", "attnres_gate_type": "bias"}
+# Fields of ours begin with this; no other tool's do.
+_OURS = "attnres_"
 
 
 @strict
@@ -24,7 +32,8 @@ class Qwen3AttnResConfig(Qwen3Config):
         attnres_recency_bias_init: initial bias of the newest source.
 
     Raises:
-        ValueError: for a value that makes no model.
+        ValueError: for a value that makes no model, and for a name that is meant to be a field and is none. Other names
+            that transformers does not know it keeps as attributes: files of other tools hold many.
     """
 
     model_type = "qwen3_attnres"
@@ -37,6 +46,10 @@ class Qwen3AttnResConfig(Qwen3Config):
     attnres_recency_bias_init: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_misspelt(kwargs)
+        for name, known in RELEASED.items():
+            if kwargs.get(name, known) != known:
+                raise ValueError(f"{name}={kwargs[name]!r} is not supported, only {known!r}")
         super().__post_init__(**kwargs)
         if self.attnres_bias not in ("newest", "sources"):
             raise ValueError(f"attnres_bias: expected 'newest' or 'sources', received {self.attnres_bias!r}")
@@ -48,7 +61,19 @@ class Qwen3AttnResConfig(Qwen3Config):
 
         See `attnres.model.released`; `load_model` finds the convention from the tensors.
         """
+        # The library drops the keywords that its callers do not ask back.
+        if not kwargs.get("return_unused_kwargs"):
+            cls._refuse_misspelt(kwargs)
         return super().from_dict({"attnres_sources": "seeded_block_sum", **config_dict}, **kwargs)
+
+    @classmethod
+    def _refuse_misspelt(cls, names: Iterable[str]) -> None:
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for name in names:
+            ours = name.startswith(_OURS) and name not in RELEASED
+            guess = nearest(name, fields, 0.5 if ours else 0.9)
+            if name not in fields and (ours or guess):
+                raise ValueError(f"unknown field {name!r}" + (f"; did you mean {guess!r}?" if guess else ""))
 
     def plan(self) -> DepthPlan:
         """The depth plan that this configuration describes."""

@@ -4,8 +4,11 @@ The model is `embed -> step(state) per layer -> finish`, and `DepthState` is a v
 of a layer can start again from there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from inspect import signature
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +24,12 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from attnres.depth.plan import DepthPlan
 from attnres.model.config import Qwen3AttnResConfig
+from attnres.model.keywords import CACHE, OTHER_CACHE, attention_arguments, cache_keyword, one_cache
 from attnres.model.released import weights_read_here
 from attnres.model.routing import (
     FINAL,
@@ -38,18 +43,30 @@ from attnres.model.routing import (
     route,
     stored_read,
 )
-from attnres.model.state import Context, DepthState, Edit, Observer, Trace
+from attnres.model.state import Context, DepthState, Edit, Observer, Trace, VectorEdit
+
+
+class _BothCacheNames:
+    """The cache of an output under the name that it has in other releases of the library, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == OTHER_CACHE:
+            return getattr(self, CACHE)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(CACHE if key == OTHER_CACHE else key)  # type: ignore[misc]
 
 
 @dataclass
-class AttnResModelOutput(BaseModelOutputWithPast):
+class AttnResModelOutput(_BothCacheNames, BaseModelOutputWithPast):
     """`routing`: one `[B, T, S_j]` fp32 tensor per read, oldest source first; None unless asked for."""
 
     routing: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class AttnResCausalLMOutput(CausalLMOutputWithPast):
+class AttnResCausalLMOutput(_BothCacheNames, CausalLMOutputWithPast):
     """`routing`: one `[B, T, S_j]` fp32 tensor per read, oldest source first; None unless asked for."""
 
     routing: tuple[Tensor, ...] | None = None
@@ -83,11 +100,21 @@ class Qwen3AttnResDecoderLayer(nn.Module):
             hidden_states=x,
             position_embeddings=context.position_embeddings,
             attention_mask=context.attention_mask,
-            past_key_values=context.past_key_values,
             position_ids=context.position_ids,
+            **cache_keyword(context.past_key_values),
             **(context.attention_kwargs or {}),
         )
         return out
+
+
+def mixed(trace: Trace, edit: Edit | None) -> Tensor:
+    """What a read mixed, `h [B, T, D]`: its sources under its weights, both after an edit."""
+    sources = trace.sources
+    if isinstance(edit, VectorEdit) and edit.names(trace.site):
+        sources = edit.vectors(trace.site, sources)
+    weights = torch.exp(trace.log_weights)
+    terms = (source * weights[..., index, None] for index, source in enumerate(sources))
+    return sum(terms, start=torch.zeros_like(weights[..., :1])).to(sources[0].dtype)
 
 
 class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
@@ -96,7 +123,8 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
     config: Qwen3AttnResConfig
     config_class = Qwen3AttnResConfig
     _no_split_modules = ["Qwen3AttnResDecoderLayer"]
-    _can_record_outputs: dict[str, Any] = {}
+    _skip_keys_device_placement = [CACHE, OTHER_CACHE]
+    _can_record_outputs: dict[str, Any] = {"attentions": OutputRecorder(Qwen3Attention, index=1)}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +204,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         past_key_values: Cache | None = None,
         edit: Edit | None = None,
         observe: Observer | None = None,
-        **attention_kwargs: Any,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Context:
         """What the layers share: read parameters, rotary embeddings, causal mask, edit."""
         # Positions that the caller did not give stay out of the mask: they would be searched for packed documents.
@@ -184,8 +212,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **cache_keyword(past_key_values),
         )
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -220,18 +248,26 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         _, x = route(state, read, self.norm, self.config, context, self.backend)
         return x
 
-    @can_return_tuple
-    def forward(
+    @capture_outputs
+    def forward(  # type: ignore[misc]  # position_ids stands in TransformersKwargs, too
         self,
         input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_routing: bool = False,
+        edit: Edit | None = None,
         observe: Observer | None = None,
-        **shared: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AttnResModelOutput:
-        """See `Qwen3AttnResForCausalLM.forward`; `shared` is for `context`: masks, positions, edit."""
+        """See `Qwen3AttnResForCausalLM.forward`."""
+        past_key_values = one_cache(past_key_values, cache)
+        arguments = attention_arguments(kwargs, _forward_names, self.config._attn_implementation, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -241,22 +277,59 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if not isinstance(output_hidden_states, bool):
+            raise ValueError("output_hidden_states: give True or False; a selection of layers is not supported")
+        state = self.embed(inputs_embeds)
         routing: list[Tensor] = []
+        hidden_states = list(state.finished)
 
         def record(trace: Trace) -> None:
-            routing.append(torch.exp(trace.log_weights))
+            if output_routing:
+                routing.append(torch.exp(trace.log_weights))
+            if output_hidden_states and trace.site.sublayer == "attn" and trace.site.layer > 0:
+                hidden_states.append(mixed(trace, edit))
+            if observe is not None:
+                observe(trace)
 
-        state = self.embed(inputs_embeds)
-        observe = record if output_routing else observe
-        context = self.context(inputs_embeds, past_key_values=past_key_values, observe=observe, **shared)
-        for layer in range(self.config.num_hidden_layers):
-            state = self.step(state, layer, context)
-        hidden = self.finish(state, context)
+        with self._weights_at_hand(bool(output_attentions)):
+            context = self.context(
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                edit,
+                record if output_routing or output_hidden_states else observe,
+                arguments,
+            )
+            for layer in range(self.config.num_hidden_layers):
+                state = self.step(state, layer, context)
+        last = self.finish(state, context)
         return AttnResModelOutput(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=last,
+            hidden_states=(*hidden_states, last) if output_hidden_states else None,
             routing=tuple(routing) if output_routing else None,
+            **cache_keyword(past_key_values if use_cache else None),
         )
+
+    @contextmanager
+    def _weights_at_hand(self, wanted: bool) -> Iterator[None]:
+        """Attention whose weights `capture_outputs` can record: only the eager function returns them."""
+        implementation = self.config._attn_implementation
+        if not wanted or implementation == "eager":
+            yield
+            return
+        if self.training and self.gradient_checkpointing:
+            raise ValueError(
+                f"output_attentions: {implementation} gives none, and the recomputation of gradient checkpointing "
+                "cannot change it; load the model with attn_implementation='eager'"
+            )
+        self.config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = implementation
 
 
 class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
@@ -272,7 +345,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids stands in TransformersKwargs, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -284,7 +357,9 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_routing: bool = False,
         edit: Edit | None = None,
-        **kwargs: Any,
+        observe: Observer | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AttnResCausalLMOutput:
         """Logits, and on request the routing.
 
@@ -292,32 +367,62 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, as in transformers; None for unpadded batches.
             position_ids: `[B, T]`; positions that restart at 0 separate packed documents.
-            labels: `[B, T]`, shifted inside as in transformers; -100 is ignored.
+            past_key_values, cache: the cache, under either of the names that transformers has for it.
+            labels: `[B, T]`, shifted inside as in transformers; -100 is ignored. As there, `shift_labels` among
+                `kwargs` are shifted already, and the loss is the sum over targets divided by `num_items_in_batch`,
+                where that is given, in place of their mean.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             output_routing: add `routing`, one `[B, T, S_j]` fp32 tensor per read, oldest source first.
             edit: an intervention on routing; see `attnres.model.state.Edit`.
-            kwargs: for the decoder: `observe`, which is called with a `Trace` of every read (not with
-                `output_routing`), and arguments of the attention function.
+            observe: called with a `Trace` of every read.
+            kwargs: other words of transformers, such as `output_attentions`: `attentions`, one `[B, heads, T, T]`
+                tensor per layer. `output_hidden_states` adds `hidden_states`, L + 1 tensors `[B, T, D]`: the embedding;
+                for each further layer the mix of sources that its attention reads, in front of its norm; and the output
+                of the last norm. Each is thus what the additive model has there, and the last norm and the head make a
+                logit lens of it.
+
+        Raises:
+            TypeError: an unknown argument, with the nearest known one.
+            ValueError: an argument of transformers that is not supported.
         """
+        # Not in the signature: the library's Trainer takes every argument called something with "label" for one that a
+        # batch must hold.
+        words: dict[str, Any] = dict(kwargs)
+        of_loss = {name: words.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
+        of_loss = {name: value for name, value in of_loss.items() if value is not None}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_routing=output_routing,
             edit=edit,
-            **kwargs,
+            observe=observe,
+            return_dict=True,
+            **words,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        if labels is not None or "shift_labels" in of_loss:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return AttnResCausalLMOutput(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, routing=outputs.routing
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            routing=outputs.routing,
+            **cache_keyword(getattr(outputs, CACHE)),
         )
+
+
+def _forward_names() -> set[str]:
+    """The arguments that a forward pass names."""
+    return {
+        name for model in (Qwen3AttnResModel, Qwen3AttnResForCausalLM) for name in signature(model.forward).parameters
+    }
 
 
 AutoModelForCausalLM.register(Qwen3AttnResConfig, Qwen3AttnResForCausalLM, exist_ok=True)

@@ -11,11 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from attnres.model.config import RELEASED
 from attnres.model.routing import is_final
 from attnres.model.weights import held_twice, read_weights, weight_shapes
-
-# What released configurations may name, and the one value of each that this model computes.
-_COMPUTED = {"attnres_mode": "block", "attnres_gate_type": "bias"}
 
 
 def named_convention(stored: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def named_convention(stored: Mapping[str, Any], names: set[str]) -> dict[str, An
     Raises:
         ValueError: it asks for another mode or gate than this model computes.
     """
-    for key, known in _COMPUTED.items():
+    for key, known in RELEASED.items():
         if stored.get(key, known) != known:
             raise ValueError(f"{key}={stored[key]!r} is not supported, only {known!r}")
     convention = "seeded_block_sum" if any(is_final(name) for name in names) else "cumulative"
