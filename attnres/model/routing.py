@@ -43,6 +43,20 @@ def is_final(name: str) -> bool:
     return name.startswith(f"model.{FINAL}_res_")
 
 
+class RoutingVector(nn.Module):
+    """A query or a key-norm weight: called, it returns its parameter.
+
+    It is no `nn.Linear` and no norm, which quantisers and adapters take for what their call computes.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
 class StoredRead(NamedTuple):
     """The parameters of one read as a checkpoint stores them.
 
@@ -70,8 +84,9 @@ def attach_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig, plan:
     `requires_grad=False`: a distributed run would otherwise wait for them.
     """
     entries = 1 if config.attnres_bias == "newest" else read.num_sources
-    proj = nn.Linear(config.hidden_size, 1, bias=False)
-    norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    # A seed gives the body the same weights as in runs whose queries were drawn, as those of linear layers are.
+    proj = RoutingVector(nn.Linear(config.hidden_size, 1, bias=False).weight.detach())
+    norm = RoutingVector(torch.ones(config.hidden_size))
     bias = nn.Parameter(torch.zeros(entries))
     trainable = plan.routing_is_trainable(read)
     for parameter in (proj.weight, norm.weight):
@@ -85,6 +100,7 @@ def attach_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig, plan:
 def init_read(owner: nn.Module, prefix: str, config: Qwen3AttnResConfig) -> None:
     """Start uniform: query zero, bias zero (the newest source's may be configured)."""
     query, key_weight, bias = stored_read(owner, prefix)
+    init.normal_(query)  # see `attach_read`
     init.zeros_(query)
     init.ones_(key_weight)
     init.copy_(bias, newest_alone(bias, config.attnres_recency_bias_init))
