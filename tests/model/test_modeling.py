@@ -81,7 +81,7 @@ def test_forward_equals_reads_over_the_plans_own_sources(make_model, ids, conven
             embeddings * source.embedding + sum(outputs[source.start : source.stop], torch.zeros_like(embeddings))
             for source in read.sources
         ]
-        _, weights = reference.depth_mix(sources, *context.reads[read.index])
+        _, weights = reference.depth_mix(sources, *context.reads[read.index]())
         torch.testing.assert_close(torch.exp(trace.log_weights), weights, rtol=0, atol=1e-10)
 
 
