@@ -4,6 +4,7 @@ The model is `embed -> step(state) per layer -> finish`, and `DepthState` is a v
 of a layer can start again from there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
@@ -43,7 +45,7 @@ from attnres.model.routing import (
     scored_together,
     stored_read,
 )
-from attnres.model.state import Context, DepthState, Edit, Observer, Trace
+from attnres.model.state import Context, DepthState, Edit, Observer, Trace, checkpointed
 
 
 @dataclass
@@ -60,8 +62,10 @@ class AttnResCausalLMOutput(CausalLMOutputWithPast):
     routing: tuple[Tensor, ...] | None = None
 
 
-class Qwen3AttnResDecoderLayer(nn.Module):
+class Qwen3AttnResDecoderLayer(GradientCheckpointingLayer):
     """Qwen3's two sublayers, each behind a read of depth sources in place of the additive residual."""
+
+    _checkpoint: Callable[..., Any]
 
     def __init__(self, config: Qwen3AttnResConfig, plan: DepthPlan, layer_idx: int) -> None:
         super().__init__()
@@ -82,6 +86,15 @@ class Qwen3AttnResDecoderLayer(nn.Module):
             out = self._attend(x, context) if read.sublayer == "attn" else self.mlp(x)
             state = state._replace(update=out.to(x.dtype))
         return state
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., DepthState]:
+        """What the library calls with this layer's forward and its arguments, where it has set a checkpoint."""
+        return partial(checkpointed, self._checkpoint)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
+        self._checkpoint = checkpoint
 
     def _attend(self, x: Tensor, context: Context) -> Tensor:
         out, _ = self.self_attn(
@@ -212,10 +225,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
 
     def step(self, state: DepthState, layer: int, context: Context) -> DepthState:
         """The state behind a layer."""
-        module = self.layers[layer]
-        if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(module.__call__, state, context, self.backend)
-        return module(state, context, self.backend)
+        behind: DepthState = self.layers[layer](state, context, self.backend)
+        return behind
 
     def finish(self, state: DepthState, context: Context) -> Tensor:
         """Last hidden state `[B, T, D]`: the final read where the convention has one, and the last norm."""

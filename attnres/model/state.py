@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from transformers.cache_utils import Cache
 
 from attnres.depth.plan import ReadPlan
@@ -122,3 +122,30 @@ class Context:
 
         names = ("position_embeddings", "attention_mask", "position_ids", "attention_kwargs")
         return replace(self, **{name: tree_map(move, getattr(self, name)) for name in names})
+
+
+def checkpointed(
+    checkpoint: Callable[..., Any],
+    layer: Callable[[DepthState, Context, str], DepthState],
+    state: DepthState,
+    context: Context,
+    backend: str,
+) -> DepthState:
+    """A layer whose activations are computed again in the backward pass.
+
+    Args:
+        checkpoint: called with a function and its arguments. A reentrant one passes gradients on through tensors among
+            the arguments and results alone: the state goes through it leaf by leaf.
+        layer: the layer's forward.
+    """
+    leaves, form = tree_flatten(state)
+    form_behind: list[TreeSpec] = []
+
+    def run(*leaves: Any) -> tuple[Any, ...]:
+        results, found = tree_flatten(layer(tree_unflatten(leaves, form), context, backend))
+        form_behind.append(found)
+        return tuple(results)
+
+    results = checkpoint(run, *leaves)
+    behind: DepthState = tree_unflatten(results, form_behind[0])
+    return behind
