@@ -131,21 +131,27 @@ def checkpointed(
     context: Context,
     backend: str,
 ) -> DepthState:
-    """A layer whose activations are computed again in the backward pass.
+    """A layer whose activations are computed again in the backward pass, which observers do not see.
 
     Args:
         checkpoint: called with a function and its arguments. A reentrant one passes gradients on through tensors among
-            the arguments and results alone: the state goes through it leaf by leaf.
+            the arguments and results alone: the state goes through it leaf by leaf, and so does what reads did.
         layer: the layer's forward.
     """
     leaves, form = tree_flatten(state)
     form_behind: list[TreeSpec] = []
 
     def run(*leaves: Any) -> tuple[Any, ...]:
-        results, found = tree_flatten(layer(tree_unflatten(leaves, form), context, backend))
+        traces: list[Trace] = []
+        inner = context if context.observe is None else replace(context, observe=traces.append)
+        results, found = tree_flatten((layer(tree_unflatten(leaves, form), inner, backend), traces))
         form_behind.append(found)
         return tuple(results)
 
+    behind: DepthState
     results = checkpoint(run, *leaves)
-    behind: DepthState = tree_unflatten(results, form_behind[0])
+    behind, traces = tree_unflatten(results, form_behind[0])
+    for trace in traces:
+        assert context.observe is not None
+        context.observe(trace)
     return behind

@@ -163,6 +163,41 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, ids, conven
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_loss_on_the_routing_has_the_same_gradients_under_checkpointing(make_model, ids, reentrant):
+    model = make_model().train()
+
+    def routed():
+        model.zero_grad()
+        sum(w.square().sum() for w in model(ids, output_routing=True, use_cache=False).routing).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = routed()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed = routed()
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_observe_is_called_once_for_every_read(make_model, ids, convention, reentrant):
+    model = make_model(convention).train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    traces: list[Trace] = []
+    loss = model(ids, labels=ids, use_cache=False, observe=traces.append).loss
+    loss.backward()
+    assert [trace.site.read for trace in traces] == [read.index for read in model.model.plan.reads]
+    weights = [torch.exp(trace.log_weights).detach() for trace in traces]
+    model.gradient_checkpointing_disable()
+    for ours, theirs in zip(weights, model(ids, output_routing=True, use_cache=False).routing, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
 def test_gradient_checkpointing_of_every_second_layer(make_model, ids):
     model = make_model().train()
     plain = gradients(model, ids)
