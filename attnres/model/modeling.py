@@ -137,6 +137,10 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
                     f"checkpoint: {len(names)} {what.replace('_', ' ')} ({', '.join(names[:3])}, ...) for "
                     f"attnres_sources={model.config.attnres_sources!r}; attnres.load_model finds the convention"
                 )
+        for module in model.modules():
+            # Loading has made every parameter anew, and trainable.
+            if isinstance(module, Qwen3AttnResModel):
+                module.freeze_unreachable()
         return (model, info) if wants_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
