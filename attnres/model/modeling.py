@@ -4,9 +4,10 @@ The model is `embed -> step(state) per layer -> finish`, and `DepthState` is a v
 of a layer can start again from there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, Unpack
 
@@ -16,9 +17,11 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
+    Qwen3ForCausalLM,
     Qwen3MLP,
     Qwen3PreTrainedModel,
     Qwen3RMSNorm,
@@ -37,13 +40,16 @@ from attnres.model.routing import (
     StoredRead,
     added,
     attach_read,
+    freeze_unreachable,
     init_read,
+    is_apart,
     open_block,
-    read_parameters,
+    parameters_of,
     route,
+    scored_together,
     stored_read,
 )
-from attnres.model.state import Context, DepthState, Edit, Observer, Trace, VectorEdit
+from attnres.model.state import Context, DepthState, Edit, Observer, Trace, VectorEdit, checkpointed
 
 
 class _BothCacheNames:
@@ -72,8 +78,10 @@ class AttnResCausalLMOutput(_BothCacheNames, CausalLMOutputWithPast):
     routing: tuple[Tensor, ...] | None = None
 
 
-class Qwen3AttnResDecoderLayer(nn.Module):
+class Qwen3AttnResDecoderLayer(GradientCheckpointingLayer):
     """Qwen3's two sublayers, each behind a read of depth sources in place of the additive residual."""
+
+    _checkpoint: Callable[..., Any]
 
     def __init__(self, config: Qwen3AttnResConfig, plan: DepthPlan, layer_idx: int) -> None:
         super().__init__()
@@ -83,7 +91,7 @@ class Qwen3AttnResDecoderLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         for prefix, read in zip(PREFIXES, plan.layer_reads(layer_idx), strict=True):
-            attach_read(self, prefix, config, plan, read)
+            attach_read(self, prefix, config, read)
 
     def forward(self, state: DepthState, context: Context, backend: str = "auto") -> DepthState:
         """The state after both sublayers."""
@@ -92,8 +100,17 @@ class Qwen3AttnResDecoderLayer(nn.Module):
             state = open_block(state, read, self.plan, context, self.config.rms_norm_eps, backend)
             state, x = route(state, read, norm, self.config, context, backend)
             out = self._attend(x, context) if read.sublayer == "attn" else self.mlp(x)
-            state = replace(state, update=out.to(x.dtype))
+            state = state._replace(update=out.to(x.dtype))
         return state
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., DepthState]:
+        """What the library calls with this layer's forward and its arguments, where it has set a checkpoint."""
+        return partial(checkpointed, self._checkpoint)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
+        self._checkpoint = checkpoint
 
     def _attend(self, x: Tensor, context: Context) -> Tensor:
         out, _ = self.self_attn(
@@ -153,6 +170,10 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
         if model.config.tie_word_embeddings and model._tied_weights_keys and not model.all_tied_weights_keys:
             # The file holds a head of its own. The library keeps it, says so, and leaves the configuration as it was.
             model.config.tie_word_embeddings = False
+        for module in model.modules():
+            # Loading has made every parameter anew, and trainable.
+            if isinstance(module, Qwen3AttnResModel):
+                module.freeze_unreachable()
         return (model, info) if wants_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -181,7 +202,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.plan.has_final_read:
-            attach_read(self, FINAL, config, self.plan, self.plan.reads[-1])
+            attach_read(self, FINAL, config, self.plan.reads[-1])
+        self.freeze_unreachable()
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -206,7 +228,7 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         observe: Observer | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Context:
-        """What the layers share: read parameters, rotary embeddings, causal mask, edit."""
+        """What the layers share: reads, rotary embeddings, causal mask, edit."""
         # Positions that the caller did not give stay out of the mask: they would be searched for packed documents.
         mask: Any = create_causal_mask(
             config=self.config,
@@ -219,23 +241,29 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         rotary = self.rotary_emb(inputs_embeds, position_ids)
-        stored = zip(self.stored_reads(), self.plan.reads, strict=True)
-        reads = tuple(read_parameters(parameters, read.num_sources) for parameters, read in stored)
-        return Context(reads, rotary, mask, position_ids, past_key_values, edit, observe, attention_kwargs)
+        reads = tuple(partial(parameters_of, owner, prefix) for owner, prefix in self._owners())
+        apart = [is_apart(layer, Qwen3AttnResDecoderLayer) for layer in self.layers]
+        together = scored_together(self.plan, [*apart, is_apart(self, Qwen3AttnResModel)])
+        return Context(reads, together, rotary, mask, position_ids, past_key_values, edit, observe, attention_kwargs)
 
     def stored_reads(self) -> tuple[StoredRead, ...]:
         """The parameters of all reads, in the order of `plan.reads`."""
-        reads = [stored_read(layer, prefix) for layer in self.layers for prefix in PREFIXES]
-        if self.plan.has_final_read:
-            reads.append(stored_read(self, FINAL))
-        return tuple(reads)
+        return tuple(stored_read(owner, prefix) for owner, prefix in self._owners())
+
+    def freeze_unreachable(self) -> None:
+        """Turn off gradients of the read parameters that none can reach or that the configuration freezes."""
+        for read, planned in zip(self.stored_reads(), self.plan.reads, strict=True):
+            freeze_unreachable(read, self.plan.routing_is_trainable(planned), self.config.attnres_content)
+
+    def _owners(self) -> list[tuple[nn.Module, str]]:
+        """The module that each read's parameters lie on, and their prefix, in the order of `plan.reads`."""
+        final = [(self, FINAL)] if self.plan.has_final_read else []
+        return [(layer, prefix) for layer in self.layers for prefix in PREFIXES] + final
 
     def step(self, state: DepthState, layer: int, context: Context) -> DepthState:
         """The state behind a layer."""
-        module = self.layers[layer]
-        if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(module.__call__, state, context, self.backend)
-        return module(state, context, self.backend)
+        behind: DepthState = self.layers[layer](state, context, self.backend)
+        return behind
 
     def finish(self, state: DepthState, context: Context) -> Tensor:
         """Last hidden state `[B, T, D]`: the final read where the convention has one, and the last norm."""
@@ -336,6 +364,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
     """Block AttnRes Qwen3 with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = Qwen3ForCausalLM._fsdp_plan
 
     def __init__(self, config: Qwen3AttnResConfig) -> None:
         super().__init__(config)

@@ -1,10 +1,12 @@
 """The values that walk through the depth of the model: its state, and what a pass shares."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from transformers.cache_utils import Cache
 
 from attnres.depth.plan import ReadPlan
@@ -51,15 +53,16 @@ class VectorEdit(Edit, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class DepthState:
+class DepthState(NamedTuple):
     """Depth sources between two layers: an immutable value, so that a run can be resumed from any layer.
+
+    A tuple, because libraries that move, cast or checkpoint the arguments of a layer look for tensors inside tuples.
 
     Attributes:
         finished: finished sources `[B, T, D]`, oldest first.
         current: the running state `[B, T, D]`, or None while it is empty.
         update: output of the last sublayer, not yet added to `current`, or None.
-        prepared: what the reads of the open block share, or None before the first block is opened.
+        prepared: what the open reads share that are still to come, or None if there are none.
     """
 
     finished: tuple[Tensor, ...]
@@ -68,8 +71,7 @@ class DepthState:
     prepared: PreparedBlock | None = None
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """What one read did, for those who look.
 
     Attributes:
@@ -90,9 +92,15 @@ Observer = Callable[[Trace], None]
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers of one forward pass share; made by `Qwen3AttnResModel.context`."""
+    """What all layers of one forward pass share; made by `Qwen3AttnResModel.context`.
 
-    reads: tuple[ReadParameters, ...]
+    Attributes:
+        reads: the reads, in the order of the plan: called, each gives its parameters.
+        together: read -> the reads that are scored together with it, itself among them.
+    """
+
+    reads: tuple[Callable[[], ReadParameters], ...]
+    together: tuple[range, ...]
     position_embeddings: tuple[Tensor, Tensor]
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
@@ -100,3 +108,50 @@ class Context:
     edit: Edit | None = None
     observe: Observer | None = None
     attention_kwargs: dict[str, Any] | None = None
+
+    def parameters(self, reads: Sequence[int], device: torch.device) -> list[ReadParameters]:
+        """The parameters of some reads, on the device of the sources."""
+        called = (self.reads[read]() for read in reads)
+        return [ReadParameters(*(vector.to(device) for vector in read if vector is not None)) for read in called]
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Context":
+        """The context of layers on another device: accelerate calls it where it moves the arguments of a layer."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        names = ("position_embeddings", "attention_mask", "position_ids", "attention_kwargs")
+        return replace(self, **{name: tree_map(move, getattr(self, name)) for name in names})
+
+
+def checkpointed(
+    checkpoint: Callable[..., Any],
+    layer: Callable[[DepthState, Context, str], DepthState],
+    state: DepthState,
+    context: Context,
+    backend: str,
+) -> DepthState:
+    """A layer whose activations are computed again in the backward pass, which observers do not see.
+
+    Args:
+        checkpoint: called with a function and its arguments. A reentrant one passes gradients on through tensors among
+            the arguments and results alone: the state goes through it leaf by leaf, and so does what reads did.
+        layer: the layer's forward.
+    """
+    leaves, form = tree_flatten(state)
+    form_behind: list[TreeSpec] = []
+
+    def run(*leaves: Any) -> tuple[Any, ...]:
+        traces: list[Trace] = []
+        inner = context if context.observe is None else replace(context, observe=traces.append)
+        results, found = tree_flatten((layer(tree_unflatten(leaves, form), inner, backend), traces))
+        form_behind.append(found)
+        return tuple(results)
+
+    behind: DepthState
+    results = checkpoint(run, *leaves)
+    behind, traces = tree_unflatten(results, form_behind[0])
+    for trace in traces:
+        assert context.observe is not None
+        context.observe(trace)
+    return behind

@@ -24,6 +24,7 @@ __all__ = [
     "depth_mix",
     "log_weights",
     "merge",
+    "mix",
     "mix_and_norm",
     "prepare_block",
 ]
@@ -193,9 +194,14 @@ def current_logit(current: Tensor, read: ReadParameters, eps: float = 1e-6) -> T
         return batched.current_logit(current, read, eps)
 
 
-def mix_and_norm(sources: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, norm_eps: float = 1e-6) -> Tensor:
-    """`RMSNorm(sum_i a_i v_i)` for given weights `[B, T, S]`, in fp32; `[B, T, D]` in the sources' dtype."""
+def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """`sum_i a_i v_i` for given weights `[B, T, S]`, in their dtype; `[B, T, D]`."""
     total = sources[0].to(weights.dtype) * weights[..., 0:1]
     for index, source in enumerate(sources[1:], start=1):
         total.addcmul_(source.to(weights.dtype), weights[..., index : index + 1])
-    return batched.rms_norm(total, norm_weight, norm_eps).to(sources[0].dtype)
+    return total
+
+
+def mix_and_norm(sources: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, norm_eps: float = 1e-6) -> Tensor:
+    """`RMSNorm(sum_i a_i v_i)` for given weights `[B, T, S]`, in fp32; `[B, T, D]` in the sources' dtype."""
+    return batched.rms_norm(mix(sources, weights), norm_weight, norm_eps).to(sources[0].dtype)

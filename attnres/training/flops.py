@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from attnres.model.routing import is_query
 from attnres.training.models import depth_plan
 
 # Dense bf16 TFLOP/s (the makers' data sheets) and usable GiB, by a word in the device's name; the first match counts.
@@ -31,12 +30,8 @@ GPUS = {
 
 
 def matmul_parameters(model: nn.Module) -> int:
-    """Parameters that a token is multiplied with: of linear layers, without the routing queries."""
-    return sum(
-        m.weight.numel()
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and not is_query(f"{name}.weight")
-    )
+    """Parameters that a token is multiplied with: of linear layers, which routing queries are not."""
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
 
 def flops_per_token(model: nn.Module, config: PreTrainedConfig, sequence_length: int) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from attnres import Qwen3AttnResForCausalLM, load_model, wrap_qwen3
 from attnres.errors import CheckpointError
@@ -29,6 +29,51 @@ def copy_of(source: Path, target: Path, config: dict | None = None, weights=None
     if weights is not None:
         save_file(weights(load_file(target / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
     return target
+
+
+WAYS = {
+    "from_pretrained": Qwen3AttnResForCausalLM.from_pretrained,
+    "from_pretrained in bf16": lambda path: Qwen3AttnResForCausalLM.from_pretrained(path, dtype=torch.bfloat16),
+    "auto": AutoModelForCausalLM.from_pretrained,
+    "from_config": lambda path: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)),
+    "load_model": load_model,
+    "assigned": lambda path: assigned(path),
+}
+# Control arms, and conventions in which other reads have one source, or the same one twice.
+ARMS = [
+    {"attnres_sources": "block_sum"},
+    {"attnres_sources": "seeded_block_sum"},
+    {"attnres_sources": "full", "attnres_bias": "sources"},
+    {"attnres_sources": "cumulative", "attnres_content": False},
+    {"attnres_bias": "sources", "attnres_content": False},
+]
+
+
+def assigned(path: Path) -> Qwen3AttnResForCausalLM:
+    """Built without memory and filled from a file."""
+    with torch.device("meta"):
+        model = Qwen3AttnResForCausalLM(AutoConfig.from_pretrained(path))
+    model.load_state_dict(load_file(path / "model.safetensors"), strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
+@pytest.mark.parametrize("way", WAYS)
+def test_what_no_gradient_reaches_stays_frozen_after_every_way_of_loading(make_model, ids, tmp_path, way, arm):
+    model = make_model(**arm)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.save_pretrained(tmp_path)
+    loaded = WAYS[way](tmp_path)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == reached
+    assert len(reached) < len(list(loaded.parameters()))
+
+
+def test_released_checkpoint_keeps_frozen_what_no_gradient_reaches(ids):
+    loaded = Qwen3AttnResForCausalLM.from_pretrained(SEEDED)
+    frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"model.layers.0.attn_res_{name}" for name in ("proj.weight", "norm.weight", "bias")}
 
 
 @pytest.mark.parametrize("bias", [3.0, 10.0, 100.0])

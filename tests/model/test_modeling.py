@@ -81,7 +81,7 @@ def test_forward_equals_reads_over_the_plans_own_sources(make_model, ids, conven
             embeddings * source.embedding + sum(outputs[source.start : source.stop], torch.zeros_like(embeddings))
             for source in read.sources
         ]
-        _, weights = reference.depth_mix(sources, *context.reads[read.index])
+        _, weights = reference.depth_mix(sources, *context.reads[read.index]())
         torch.testing.assert_close(torch.exp(trace.log_weights), weights, rtol=0, atol=1e-10)
 
 
@@ -141,16 +141,72 @@ def gradients(model, ids):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
-def test_gradient_checkpointing_gives_the_same_gradients(make_model, ids):
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, ids, convention, reentrant):
+    model = make_model(convention).train()
+    plain = gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    passes = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _m, _args: passes.append(1))
+    checkpointed = gradients(model, ids)
+    # Once forward and once again in the backward pass.
+    assert len(passes) == 12
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        if reentrant:
+            # A parameter that two layers use has its gradient added up in another order.
+            torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+        else:
+            assert torch.equal(gradient, checkpointed[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_loss_on_the_routing_has_the_same_gradients_under_checkpointing(make_model, ids, reentrant):
+    model = make_model().train()
+
+    def routed():
+        model.zero_grad()
+        sum(w.square().sum() for w in model(ids, output_routing=True, use_cache=False).routing).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = routed()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed = routed()
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_observe_is_called_once_for_every_read(make_model, ids, convention, reentrant):
+    model = make_model(convention).train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    traces: list[Trace] = []
+    loss = model(ids, labels=ids, use_cache=False, observe=traces.append).loss
+    loss.backward()
+    assert [trace.site.read for trace in traces] == [read.index for read in model.model.plan.reads]
+    weights = [torch.exp(trace.log_weights).detach() for trace in traces]
+    model.gradient_checkpointing_disable()
+    for ours, theirs in zip(weights, model(ids, output_routing=True, use_cache=False).routing, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+def test_gradient_checkpointing_of_every_second_layer(make_model, ids):
     model = make_model().train()
     plain = gradients(model, ids)
-    model.gradient_checkpointing_enable()
-    calls = []
-    inner = model.model._gradient_checkpointing_func
-    model.model._gradient_checkpointing_func = lambda *args: calls.append(1) or inner(*args)
+    model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
+    passes = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _m, _args: passes.append(1))
     checkpointed = gradients(model, ids)
-    assert len(calls) == 6
-    assert plain.keys() == checkpointed.keys()
+    assert len(passes) == 9
     for name, gradient in plain.items():
         assert torch.equal(gradient, checkpointed[name]), name
 

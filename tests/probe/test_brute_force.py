@@ -57,7 +57,7 @@ def recompute(model, ids, change=lambda read, weights, vectors: (weights, vector
         layer = decoder.layers[min(read.layer, LAYERS - 1)]
         norms = {"attn": layer.input_layernorm, "mlp": layer.post_attention_layernorm, "final": decoder.norm}
         vectors = [of(source) for source in read.sources]
-        _, weights = reference.depth_mix(vectors, *context.reads[read.index], eps=model.config.rms_norm_eps)
+        _, weights = reference.depth_mix(vectors, *context.reads[read.index](), eps=model.config.rms_norm_eps)
         seen.append((weights, vectors))
         weights, vectors = change(read, weights, vectors)
         mix = sum(weights[..., i : i + 1] * vector for i, vector in enumerate(vectors))
