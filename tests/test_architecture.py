@@ -35,7 +35,6 @@ CONFINED = {
     "lightning": ("training/", "data/windows/", "processes/"),
     "triton": ("ops/triton_",),
     "wandb": ("training/",),
-    "torchmetrics": ("training/",),
     "jinja2": ("report/",),
     "matplotlib": ("report/",),
 }

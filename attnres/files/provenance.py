@@ -19,7 +19,6 @@ PACKAGES = (
     "hydra-core",
     "datasets",
     "tokenizers",
-    "torchmetrics",
     "safetensors",
     "numpy",
     "scipy",

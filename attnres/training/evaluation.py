@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from attnres.depth.families import family_indices, grid
 from attnres.depth.plan import DepthPlan
@@ -18,7 +17,7 @@ from attnres.errors import DataError, NumericsError
 from attnres.model.measures import norm_share
 from attnres.model.state import Trace
 from attnres.training.config import Loss
-from attnres.training.loss import nll_sum
+from attnres.training.loss import nll_sum, sum_dtype
 
 MEASURED = ("mass", "uniform_excess", "share", "entropy")
 
@@ -33,19 +32,19 @@ def validation_loss(
         DataError: there is no validation batch.
         NumericsError: the mean is not finite.
     """
-    # Not "disable", which in torchmetrics 1.9 replaces all weights by one, nor the default, which drops NaN.
-    metric = MeanMetric(nan_strategy="error").to(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    sums = torch.zeros(2, dtype=sum_dtype(device), device=device)
     seen = 0
     with _evaluating(trainer, model):
         for batch in islice(batches, limit):
             batch = trainer.strategy.batch_to_device(batch)
             total, count = nll_sum(model, batch, loss)
-            # As infinity, a NaN reaches the mean on every rank.
-            metric.update((total / count.clamp(min=1)).nan_to_num(torch.inf, torch.inf), weight=count)
+            sums += torch.stack([total.to(sums), count.to(sums)])
             seen += 1
     if not seen:
         raise DataError("the validation split gives no batch; raise data.validation or lower micro_batch_size")
-    mean = float(metric.compute())
+    nll, targets = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+    mean = nll / targets if targets else math.nan
     if not math.isfinite(mean):
         raise NumericsError("the validation loss is not finite; lower optim.lr or look at the validation text")
     return mean
