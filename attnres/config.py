@@ -11,13 +11,16 @@ by an earlier version. The files under `conf/` show every key with the same valu
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from attnres.errors import ConfigError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -39,6 +42,22 @@ def unknown_key(path: str, name: str, known: Iterable[str], where: str = "") -> 
     guess = nearest(name, known)
     remedy = f"did you mean {join(where, guess)!r}?" if guess else f"known keys: {', '.join(known)}"
     return ConfigError(f"unknown key {path!r}; {remedy}")
+
+
+def strict_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, whose TypeError for an unknown keyword names the nearest one; before Python 3.13 it names none."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in known:
+                guess = nearest(name, known)
+                remedy = f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}"
+                raise TypeError(f"{function.__name__}: unknown argument {name!r}; {remedy}")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def join(where: str, key: str) -> str:

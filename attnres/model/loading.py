@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from attnres.config import strict_keywords
 from attnres.errors import CheckpointError, one_line
 from attnres.files.whole_files import read_object
 from attnres.model.config import Qwen3AttnResConfig
@@ -71,6 +72,7 @@ def _no_model(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder}: config.json describes no model: {one_line(error, most=None)}")
 
 
+@strict_keywords
 def load_model(
     path: str | Path, bias: Literal["stored", "init"] = "stored", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
@@ -88,7 +90,10 @@ def load_model(
 
     Raises:
         CheckpointError: where it is missing, unreadable, or does not fit its configuration.
+        ValueError: for an unknown `bias`.
     """
+    if bias not in ("stored", "init"):
+        raise ValueError(f"bias: expected 'stored' or 'init', received {bias!r}")
     folder = model_folder(path)
     stored = _read_config(folder)
     if not weight_files(folder):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
+from attnres.config import strict_keywords
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.loading import load_model
 from attnres.model.modeling import Qwen3AttnResForCausalLM
@@ -19,6 +20,7 @@ Schedule = Literal["recency", "uniform"]
 SCHEDULES: tuple[Schedule, ...] = ("recency", "uniform")
 
 
+@strict_keywords
 def wrap_qwen3(
     model_or_path: PreTrainedModel | str | Path,
     schedule: Schedule = "recency",

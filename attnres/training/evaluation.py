@@ -18,7 +18,7 @@ from attnres.errors import DataError, NumericsError
 from attnres.model.measures import norm_share
 from attnres.model.state import Trace
 from attnres.training.config import Loss
-from attnres.training.loss import nll_sum
+from attnres.training.loss import nll_sum, sum_dtype
 
 MEASURED = ("mass", "uniform_excess", "share", "entropy")
 
@@ -33,22 +33,24 @@ def validation_loss(
         DataError: there is no validation batch.
         NumericsError: the mean is not finite.
     """
+    device = trainer.strategy.root_device
     # Not "disable", which in torchmetrics 1.9 replaces all weights by one, nor the default, which drops NaN.
-    metric = MeanMetric(nan_strategy="error").to(trainer.strategy.root_device)
+    metric = MeanMetric(nan_strategy="error").set_dtype(sum_dtype(device)).to(device)
     seen = 0
     with _evaluating(trainer, model):
         for batch in islice(batches, limit):
             batch = trainer.strategy.batch_to_device(batch)
             total, count = nll_sum(model, batch, loss)
             # As infinity, a NaN reaches the mean on every rank.
-            metric.update((total / count.clamp(min=1)).nan_to_num(torch.inf, torch.inf), weight=count)
+            mean = (total.to(sum_dtype(device)) / count.clamp(min=1)).nan_to_num(torch.inf, torch.inf)
+            metric.update(mean, weight=count)
             seen += 1
     if not seen:
         raise DataError("the validation split gives no batch; raise data.validation or lower micro_batch_size")
-    mean = float(metric.compute())
-    if not math.isfinite(mean):
+    value = float(metric.compute())
+    if not math.isfinite(value):
         raise NumericsError("the validation loss is not finite; lower optim.lr or look at the validation text")
-    return mean
+    return value
 
 
 @dataclass(frozen=True)

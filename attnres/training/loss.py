@@ -54,6 +54,11 @@ def nll_sum(model: nn.Module, batch: dict[str, Tensor], loss: Loss = "plain") ->
     return total, (labels != NO_TARGET).sum()
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In which losses and counts are added up over batches: fp32 stops counting at 2^24; Apple's GPUs have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def attach(model: nn.Module) -> None:
     """Makes the loss from hidden states a forward method of a sharded model, which gathers its weights for it."""
     model.attnres_nll = MethodType(_from_hidden, model)  # type: ignore[assignment]
@@ -87,10 +92,10 @@ def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Loss) -> Te
 
 def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
-    total = hidden.new_zeros((), dtype=torch.float32)
+    total = hidden.new_zeros((), dtype=sum_dtype(hidden.device))
     for states, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
         total = total + checkpoint(_slice_nll, states, weight, targets, use_reentrant=False, preserve_rng_state=False)
-    return total
+    return total.float()
 
 
 def _slice_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

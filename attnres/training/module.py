@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnres.errors import NumericsError
 from attnres.training.config import Loss, OptimConfig
 from attnres.training.learning_rate import lr_multiplier
-from attnres.training.loss import attach, nll_sum
+from attnres.training.loss import attach, nll_sum, sum_dtype
 from attnres.training.optimizer import build_optimizer
 from attnres.training.strategy import shard
 
@@ -119,7 +119,8 @@ class CausalLMModule(pl.LightningModule):
 
     def _measure(self, micro: list[MicroBatch], gradients: list[Tensor]) -> tuple[float, float, float]:
         """Summed NLL and number of targets of the global batch, and the norm of the averaged gradient."""
-        sums = torch.stack([torch.stack([m.nll, m.targets.float()]) for m in micro]).sum(dim=0)
+        exact = sum_dtype(self.device)
+        sums = torch.stack([torch.stack([m.nll.to(exact), m.targets.to(exact)]) for m in micro]).sum(dim=0)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm

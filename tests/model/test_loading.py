@@ -412,3 +412,12 @@ def test_wrap_of_a_bf16_model_keeps_its_rotary_frequencies(vanilla, tmp_path, sc
     hidden = torch.zeros(1, 20, 32, dtype=torch.bfloat16)
     for ours, theirs in zip(wrapped.model.rotary_emb(hidden, far), base.model.rotary_emb(hidden, far), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_unknown_words_are_refused_with_the_nearest_name(vanilla):
+    with pytest.raises(TypeError, match="wrap_qwen3: unknown argument 'shedule'; did you mean 'schedule'"):
+        wrap_qwen3(vanilla, shedule="uniform")
+    with pytest.raises(TypeError, match="load_model: unknown argument 'dtyp'; did you mean 'dtype'"):
+        load_model(SEEDED, dtyp=torch.float32)
+    with pytest.raises(ValueError, match="bias: expected 'stored' or 'init', received 'strd'"):
+        load_model(SEEDED, bias="strd")

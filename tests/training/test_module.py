@@ -22,7 +22,7 @@ from attnres.training.config import OptimConfig
 from attnres.training.evaluation import routing_metrics, slice_rows, summarise_read, validation_loss
 from attnres.training.loss import nll_sum
 from attnres.training.models import build_model, model_config
-from attnres.training.module import CausalLMModule
+from attnres.training.module import CausalLMModule, MicroBatch
 
 VOCAB, LENGTH, STEPS = 50, 12, 3
 # The large eps keeps Adam from dividing rounding errors by themselves where a gradient is almost zero.
@@ -119,6 +119,40 @@ def test_validation_loss_weighs_tokens() -> None:
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(NumericsError, match="validation loss is not finite"):
         validation_loss(trainer, model, DataLoader(Uneven(), batch_size=1), limit=6)
+
+
+def exact_mean(batches: list[tuple[float, int]]) -> float:
+    return math.fsum(nll for nll, _ in batches) / sum(count for _, count in batches)
+
+
+# 50 million tokens: in batches of one size, and in large ones with very small ones behind or before them.
+EQUAL = [(2047 * (4.1 + math.sin(i)), 2047) for i in range(24426)]
+LARGE, SMALL = [(32768 * 2.1, 32768)] * 1526, [(12.3, 1)] * 4000
+
+
+@pytest.mark.parametrize("batches", [EQUAL, LARGE + SMALL, SMALL + LARGE])
+def test_validation_loss_is_exact_over_50_million_tokens(batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [(float(torch.tensor(nll)), count) for nll, count in batches]  # as fp32 has them
+    monkeypatch.setattr(
+        "attnres.training.evaluation.nll_sum", lambda model, batch, loss: tuple(map(torch.tensor, batch["pair"]))
+    )
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    found = validation_loss(trainer, tiny_model(), ({"pair": pair} for pair in batches), limit=len(batches))
+    assert abs(found - exact_mean(batches)) < 1e-6
+
+
+def test_step_counts_targets_and_losses_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 2^24 targets and a few, in micro-batches: fp32 would not count the few."""
+    module = CausalLMModule(tiny_model(), OPTIM, STEPS, seed=0)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    batches = [(2.0**24, 2**24), *((5.0, 1) for _ in range(7))]
+    module._micro = [MicroBatch(torch.tensor(nll), torch.tensor(count), torch.zeros(1)) for nll, count in batches]
+    module._positions = 2**24 + 7
+    for parameter in module.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    module.on_before_optimizer_step(torch.optim.SGD(module.model.parameters(), lr=0.1))
+    assert module.tokens_seen == 2**24 + 7
+    assert module.last_step is not None and module.last_step.loss == exact_mean(batches)
 
 
 @pytest.mark.parametrize("kind", ["attnres", "vanilla"])
