@@ -109,6 +109,7 @@ def test_a_configuration_that_was_saved_is_read_in_a_fresh_process(tmp_path):
         run(read + code + judge + REGISTERED, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_spawned_process_knows_the_model(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -282,6 +282,7 @@ def test_autocast_keeps_all_sources_in_one_dtype(make_model, ids):
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_layers_give_the_same_gradients(make_model, ids, autocast):
     model = make_model(num_hidden_layers=2, attnres_num_blocks=2).train()

@@ -196,6 +196,7 @@ def test_report_numbers_are_those_of_the_tables(drawn):
     assert f'{mid} <span class="ci">[{low}, {high}]</span>' in html
 
 
+@pytest.mark.slow
 def test_report_command_redraws_the_same_bytes_in_another_process(folder):
     for name in ("cells.csv", "routing.csv"):
         change_table(folder, name, lambda t: t[t["model"] == "uniform"])

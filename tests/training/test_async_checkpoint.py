@@ -66,6 +66,7 @@ def test_an_older_checkpoint_stays_until_the_newer_one_is_there(
     assert list(list_steps(folder)) == [6]
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_ends_the_run_soon_and_leaves_nothing(
     tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
