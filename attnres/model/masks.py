@@ -31,7 +31,7 @@ def attention_mask_for(
 
     Args:
         attention_mask: `[B, T]`, 0 for padding, with the cached tokens in front; or one that is made already,
-            `[B, 1, T, S]`, bool or to be added.
+            `[B, 1, T, S]`, bool or to be added; or those, by kind of layer.
         position_ids: `[B, T]` or `[1, T]`.
 
     Returns:
@@ -41,6 +41,9 @@ def attention_mask_for(
         ValueError: documents that the cache or the attention function cannot keep apart.
     """
     documents = None
+    if isinstance(attention_mask, dict):
+        # Generation with a static cache makes a mask for each kind of layer; there is one kind here.
+        attention_mask = attention_mask["full_attention"]
     made = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
     if made and attention_mask.dtype == torch.bool and config._attn_implementation == "eager":
         # The eager function would add True and False to its scores.

@@ -60,9 +60,9 @@ def test_a_prompt_padded_on_the_left_is_continued_as_without_padding(make_model,
     padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), ids.clamp(min=1)], dim=1)
     arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(padded[:, 4:], attention_mask=torch.ones_like(ids), **arguments)
-    for chunk in ({}, {"prefill_chunk_size": 3}):
-        found = model.generate(padded, attention_mask=(padded != 0).long(), **arguments, **chunk)
-        assert torch.equal(found[:, 4:], expected), chunk
+    for how in ({}, {"prefill_chunk_size": 3}, {"cache_implementation": "static", "disable_compile": True}):
+        found = model.generate(padded, attention_mask=(padded != 0).long(), **arguments, **how)
+        assert torch.equal(found[:, 4:], expected), how
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=30)])
