@@ -169,7 +169,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         # Worked out here, before a compiled layer could: the cache takes a lock, which tracing refuses.
         assert self.plan.blocks
         self.backend = "auto"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding row: it would never learn, and the padding token often is the separator of documents.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Qwen3AttnResDecoderLayer(config, self.plan, index) for index in range(config.num_hidden_layers)
         )
