@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -33,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from attnres.depth.plan import DepthPlan
 from attnres.model.config import Qwen3AttnResConfig
 from attnres.model.keywords import CACHE, OTHER_CACHE, attention_arguments, cache_keyword, one_cache
+from attnres.model.masks import attention_mask_for
 from attnres.model.released import weights_read_here
 from attnres.model.routing import (
     FINAL,
@@ -196,7 +196,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         # Worked out here, before a compiled layer could: the cache takes a lock, which tracing refuses.
         assert self.plan.blocks
         self.backend = "auto"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding row: it would never learn, and the padding token often is the separator of documents.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Qwen3AttnResDecoderLayer(config, self.plan, index) for index in range(config.num_hidden_layers)
         )
@@ -229,14 +230,8 @@ class Qwen3AttnResModel(Qwen3AttnResPreTrainedModel):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Context:
         """What the layers share: reads, rotary embeddings, causal mask, edit."""
-        # Positions that the caller did not give stay out of the mask: they would be searched for packed documents.
-        mask: Any = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cache_keyword(past_key_values),
-        )
+        # Positions that the caller did not give are searched for no documents.
+        mask = attention_mask_for(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -395,7 +390,8 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, as in transformers; None for unpadded batches.
-            position_ids: `[B, T]`; positions that restart at 0 separate packed documents.
+            position_ids: `[B, T]`; positions that restart separate packed documents, whatever the mask. A cache then
+                holds several documents, none of which can be continued.
             past_key_values, cache: the cache, under either of the names that transformers has for it.
             labels: `[B, T]`, shifted inside as in transformers; -100 is ignored. As there, `shift_labels` among
                 `kwargs` are shifted already, and the loss is the sum over targets divided by `num_items_in_batch`,

@@ -92,6 +92,16 @@ def _mix(weights: Tensor, values: Tensor) -> Tensor:
     return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights).unflatten(0, (tokens, reads))
 
 
+class _Unsaved:
+    """Stands for the context of a function whose backward pass will not run."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
 class _ReadBlock(torch.autograd.Function):
     """n finished sources x M queries -> logits, their log-sum-exp, M mixes.
 
@@ -264,7 +274,9 @@ def prepare_block(sources: Sequence[Tensor], reads: Sequence[ReadParameters], ep
         bias = torch.stack(rows, dim=-1).transpose(0, 1).unsqueeze(2)  # [n, B, 1, M]
     else:
         bias = torch.stack(rows, dim=-1)[:, None, None, :]  # [n, 1, 1, M]
-    logits, lse, *mixed = _ReadBlock.apply(queries, bias, eps, *sources)
+    # torch before 2.15 mixes up the arguments where it traces a function of a variable number without gradients.
+    read: Any = _ReadBlock.apply if torch.is_grad_enabled() else functools.partial(_ReadBlock.forward, _Unsaved())
+    logits, lse, *mixed = read(queries, bias, eps, *sources)
     return PreparedBlock(tuple(mixed), logits, lse)
 
 

@@ -79,7 +79,11 @@ def build_model(config: Qwen3Config, seed: int) -> PreTrainedModel:
     """A model with fp32 weights that depend on `seed` alone, whatever was drawn before."""
     torch.manual_seed(seed)
     model_class = next(model for cls, model in KINDS.values() if type(config) is cls)
-    return model_class(config).float()
+    model: PreTrainedModel = model_class(config).float()
+    # The padding row of the library's embedding never learns, and the padding token may be the separator of documents.
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+    return model
 
 
 def depth_plan(config: PreTrainedConfig) -> DepthPlan | None:

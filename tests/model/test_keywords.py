@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from tiny_models import SHAPE
-from transformers import AutoConfig
+from transformers import AutoConfig, CompileConfig
 from transformers.cache_utils import DynamicCache
 from transformers.utils import TransformersKwargs
 
@@ -35,8 +35,23 @@ def test_generate_equals_greedy_decoding_by_hand(ids, seed):
     model, ids = random_model(seed), ids[:, :9].clamp(min=1)
     expected = greedy_by_hand(model, ids, 8)
     arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    for cache in ({}, {"use_cache": False}):
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
         assert torch.equal(model.generate(ids, **arguments, **cache), expected), cache
+
+
+def test_compiled_generation_equals_greedy_decoding_by_hand(make_model, ids):
+    model = make_model(num_hidden_layers=2, attnres_num_blocks=2)
+    compile_config = CompileConfig(backend="eager", fullgraph=True)
+    # The library compiles on a CPU only where this is set.
+    compile_config._compile_all_devices = True
+    compiled, inner = [], model.get_compiled_call
+    model.get_compiled_call = lambda config: compiled.append(config) or inner(config)
+    prompt = ids[:, :9].clamp(min=1)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    found = model.generate(prompt, cache_implementation="static", compile_config=compile_config, **arguments)
+    assert compiled
+    with torch.no_grad():
+        assert torch.equal(found, greedy_by_hand(model, prompt, 4))
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

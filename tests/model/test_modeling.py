@@ -221,6 +221,13 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(make_model, ids,
     assert all(bool(found[name].abs().sum() > 0) for name in wanted if "res_proj" in name)
 
 
+def test_the_embedding_of_a_separator_that_also_pads_is_a_row_like_the_others(make_model, ids):
+    model = make_model(pad_token_id=0, eos_token_id=0, tie_word_embeddings=False).train()
+    assert bool(model.model.embed_tokens.weight[0].abs().sum() > 0)
+    found = gradients(model, ids.clone().fill_(0))["model.embed_tokens.weight"]
+    assert bool(found[0].abs().sum() > 0)
+
+
 def test_parameters_without_a_gradient_do_not_require_one(make_model):
     frozen = {name for name, p in make_model("block_sum").named_parameters() if not p.requires_grad}
     prefix = "model.layers.0.attn_res_"

@@ -48,6 +48,17 @@ def tiny_model(kind: str = "vanilla") -> Any:
     return build_model(model_config(model, VOCAB, 0, LENGTH), seed=0)
 
 
+@pytest.mark.parametrize("kind", ["attnres", "vanilla"])
+def test_the_embedding_of_a_separator_that_also_pads_learns(kind: str) -> None:
+    plain = settings(Path("unused"), {}, kind)["model"] | {"pad_token_id": 0, "tie_word_embeddings": False}
+    model = build_model(model_config(plain, VOCAB, 0, LENGTH), seed=0)
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    total, _ = nll_sum(model, {"input_ids": ids, "labels": ids + 1})
+    total.backward()
+    assert model.config.pad_token_id == model.config.eos_token_id == 0
+    assert model.get_input_embeddings().weight.grad[0].abs().sum() > 0
+
+
 def trained(micro_batch_size: int, grad_clip: float) -> tuple[dict[str, Tensor], CausalLMModule]:
     module = CausalLMModule(tiny_model(), replace(OPTIM, grad_clip=grad_clip), STEPS, seed=0)
     trainer = pl.Trainer(
