@@ -37,6 +37,8 @@ class Qwen3AttnResConfig(Qwen3Config):
     """
 
     model_type = "qwen3_attnres"
+    # Qwen3's plan passes one residual stream from stage to stage; depth sources are many.
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     attnres_sources: str = "block_sum"
     attnres_num_blocks: int = 8

@@ -359,7 +359,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
     """Block AttnRes Qwen3 with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _fsdp_plan = Qwen3ForCausalLM._fsdp_plan
+    _tp_plan, _fsdp_plan = Qwen3ForCausalLM._tp_plan, Qwen3ForCausalLM._fsdp_plan
 
     def __init__(self, config: Qwen3AttnResConfig) -> None:
         super().__init__(config)

@@ -69,3 +69,9 @@ def test_state_and_context_move_with_the_arguments_of_a_layer() -> None:
 def test_model_that_transformers_shards_gives_the_same_logits_and_gradients(tmp_path: Path) -> None:
     save(make(), tmp_path)
     assert two_ranks(child_with_the_librarys_plan, tmp_path, {"fsdp_size": 2}) == [0, 0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensor_parallel_model_gives_the_same_logits_and_gradients(tmp_path: Path, tied: bool) -> None:
+    save(make(tie_word_embeddings=tied), tmp_path)
+    assert two_ranks(child_with_the_librarys_plan, tmp_path, {"tp_size": 2}) == [0, 0]
