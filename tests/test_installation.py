@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -84,3 +85,39 @@ def test_dockerfile_python_lines_work_in_a_fresh_environment(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of installed packages: this one, and fast-attnres by its metadata."""
+    shutil.copytree(ROOT / "attnres", tmp_path / "attnres", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "fast_attnres-2.1.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: fast-attnres\nVersion: 2.1.0\n"
+    (tmp_path / "fast_attnres-2.1.0.dist-info" / "METADATA").write_text(metadata)
+    return tmp_path
+
+
+def command(site: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", "from attnres.commands.door import run_command; exit(run_command(lambda: 0))"]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    return subprocess.run(words, cwd=site, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("init", ["__all__ = ['attention_residuals']\n", None])
+def test_command_says_that_fast_attnres_replaced_this_package(site: Path, init: str | None) -> None:
+    """Installed over this package it replaces `attnres/__init__.py`, and takes it away when it is uninstalled."""
+    if init is None:
+        (site / "attnres" / "__init__.py").unlink()
+        shutil.rmtree(site / "fast_attnres-2.1.0.dist-info")
+    else:
+        (site / "attnres" / "__init__.py").write_text(init)
+    done = command(site)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: attnres/__init__.py is not this package's: fast-attnres")
+    assert "install attnres again" in done.stderr
+
+
+def test_command_warns_of_fast_attnres_beside_this_package(site: Path) -> None:
+    assert command(site).stderr.startswith("fast-attnres is installed too and imports as attnres")
+    shutil.rmtree(site / "fast_attnres-2.1.0.dist-info")
+    assert command(site).stderr == ""

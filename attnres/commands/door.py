@@ -8,11 +8,15 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 
 from attnres.errors import AttnResError, ConfigError, Stopped, StorageError, one_line
 from attnres.files.run_folder import refuse_unsafe_loading
 from attnres.processes.memory import is_out_of_memory
 from attnres.processes.signals import StopSignals
+
+logger = logging.getLogger(__name__)
 
 _MOST_CHARACTERS = 2000
 _NOTHING_SAVED = "stopped the command; the same command goes on"
@@ -36,6 +40,7 @@ def run_command(command: Callable[[], int | None], debug: bool = False) -> int:
     try:
         with StopSignals("", _NOTHING_SAVED):
             refuse_unsafe_loading()
+            _look_for_namesake()
             return command() or 0
     except Exception as error:
         if debug:
@@ -66,6 +71,22 @@ def report_error(error: AttnResError) -> int:
     shown = message if len(message) <= _MOST_CHARACTERS else message[:_MOST_CHARACTERS] + " ..."
     sys.stderr.write(f"error: {shown}\n")
     return error.code
+
+
+def _look_for_namesake() -> None:
+    """Says where fast-attnres, which imports as `attnres` too, is in the way. Pip lets either overwrite the other.
+
+    Raises:
+        ConfigError: the package's `__init__.py` is that one's, or was uninstalled with it.
+    """
+    remedy = "pip uninstall fast-attnres, install attnres again, and give each an environment of its own"
+    if "load_model" not in getattr(sys.modules["attnres"], "__all__", ()):
+        raise ConfigError(
+            f"attnres/__init__.py is not this package's: fast-attnres imports as attnres too and replaced it; {remedy}"
+        )
+    with suppress(PackageNotFoundError):
+        distribution("fast-attnres")
+        logger.warning("fast-attnres is installed too and imports as attnres, so that one hides the other; %s", remedy)
 
 
 def _of_this_project(error: Exception) -> AttnResError:
