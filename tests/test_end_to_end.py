@@ -79,7 +79,8 @@ def test_probe_writes_what_it_promises(probed):
     cells = pd.read_csv(probed / "cells.csv")
     assert list(cells["model"].unique()) == ["attnres", "recency", "uniform"]
     assert (cells[cells["intervention"] == "mask"].groupby("model").size() == 24).all()
-    assert (cells[cells["intervention"] == "matched"].groupby("model").size() == 4).all()
+    for beside in ("matched", "keep"):
+        assert (cells[cells["intervention"] == beside].groupby("model").size() == 4).all()
     summary = json.loads((probed / "summary.json").read_text())
     assert summary["grid"]["complete"] and all(check["passed"] for check in summary["checks"])
     masked = cells[(cells["model"] == "attnres") & (cells["intervention"] == "mask") & cells["eligible"]]
@@ -150,12 +151,12 @@ def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_member(
     assert len(members) == 2
     for path in members:
         grid = json.loads(path.read_text())["grid"]
-        assert (grid["run_cells"], grid["candidate_cells"], grid["complete"]) == (7, 28, False)
-        assert "7 of 28" in (path.parent / "report.html").read_text()
+        assert (grid["run_cells"], grid["candidate_cells"], grid["complete"]) == (8, 32, False)
+        assert "8 of 32" in (path.parent / "report.html").read_text()
         # The members do not name each other; the whole probe before them is an earlier one.
         earlier = json.loads((path.parent / "preregistration.json").read_text())["earlier_looks"]
         assert [(probe["folder"], probe["cells"], list(probe["differs"])) for probe in earlier] == [
-            (probed.name, 7, ["families"])
+            (probed.name, 8, ["families"])
         ]
     whole = pd.read_csv(probed / "cells.csv").set_index(["model", "cell"])
     for path in members:

@@ -51,7 +51,6 @@ def model_config(plain: Mapping[str, Any], vocab_size: int, eos_id: int, sequenc
         "bos_token_id": None,
         "eos_token_id": eos_id,
         "pad_token_id": None,
-        "use_cache": False,
         "max_position_embeddings": sequence_length,
     }
     try:

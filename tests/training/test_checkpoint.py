@@ -7,18 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from run_comparison import state
 from training_runs import run, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache
 
 from attnres.data import DataConfig, prepare
 from attnres.errors import CheckpointError, NumericsError, StorageError
 from attnres.files.run_folder import latest, list_steps, verify
 from attnres.training import checkpoint as checkpoint_module
 from attnres.training.checkpoint import prune, remove_leftovers, write_checkpoint
-from attnres.training.export import ExportInfo
+from attnres.training.evaluation import routing_slices, validation_loss
+from attnres.training.export import ExportInfo, export_model
+from attnres.training.loss import nll_sum
 from attnres.training.models import build_model, model_config
 
 
@@ -224,3 +228,41 @@ def test_export_of_a_head_that_is_not_the_embedding_says_so(write: Any, tmp_path
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded.lm_head.weight, 2 * loaded.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("kind", ["attnres", "vanilla"])
+def test_an_exported_model_generates_with_a_cache(tmp_path: Path, data: dict[str, Any], kind: str) -> None:
+    corpus = prepare(DataConfig(**data))
+    plain = settings(Path(), data, kind)["model"]
+    info = ExportInfo(Path(corpus.tokenizer_path), corpus.eos_id, {}, {})
+    built = build_model(model_config(plain, corpus.vocab_size, corpus.eos_id, 64), 0)
+    export_model(tmp_path, built, built.state_dict(), info, {})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    embedded: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: embedded.append(args[0].numel()))
+    prompt = torch.arange(1, 17)[None]
+    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 32, "min_new_tokens": 32}
+    arguments |= {"do_sample": False, "pad_token_id": 0}
+    found = model.generate(prompt, **arguments)
+    assert sum(embedded) == 16 + 31
+    for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": built.eval()}):
+        assert torch.equal(model.generate(prompt, **arguments, **how), found), how
+
+
+@pytest.mark.parametrize("kind", ["attnres", "vanilla"])
+def test_training_builds_no_cache(data: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = prepare(DataConfig(**data))
+    model = build_model(model_config(settings(Path(), data, kind)["model"], corpus.vocab_size, corpus.eos_id, 16), 0)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a cache is built")
+
+    monkeypatch.setattr(DynamicCache, "__init__", refuse)
+    batch = {"input_ids": torch.zeros(2, 16, dtype=torch.long), "labels": torch.zeros(2, 16, dtype=torch.long)}
+    nll_sum(model, batch)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    validation_loss(trainer, model, [batch], limit=1)
+    if kind == "attnres":
+        routing_slices(trainer, model, model.config.plan(), batch)
+    with pytest.raises(AssertionError, match="a cache is built"):
+        model(batch["input_ids"])
