@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from warm_processes import exit_code, run_command, start_command
 
+from attnres.commands.rejudge import main as rejudge
+
 ROOT = Path(__file__).parents[1]
 FAST = (
     "data.max_bytes=600000 data.vocab_size=300 data.sequence_length=32 data.cache_dir={tmp}/cache runs_dir={tmp}/runs "
@@ -164,6 +166,45 @@ def test_probe_sweep_leaves_a_report_per_family_each_saying_that_it_is_a_member(
         pd.testing.assert_series_equal(member["dnll"], whole.loc[member.index, "dnll"])
         # What the rest of the grid would have given is unknown to a member, so it may only be stricter.
         assert (member["p_holm"].dropna() >= whole.loc[member.index, "p_holm"].dropna()).all()
+
+
+@pytest.mark.slow
+def test_probe_in_looks_gives_the_same_bytes_stopped_resumed_by_two_processes_and_from_members_of_a_sweep(trained):
+    settings = PROBE.replace("probe.attribution=true", "statistics.looks=[2,4] probe.controls=none")
+    tables = ("effects.csv", "mass.parquet", "cells.csv", "contrasts.csv", "motifs.csv")
+
+    def probed_in(name: str, *more: str, multirun: str = "") -> list[Path]:
+        words = multirun + settings.replace("{tmp}/runs ", f"{{tmp}}/{name} ", 1)
+        run_warm(trained, "probe.py", words, *more)
+        return sorted((trained / name).glob("probe_*"))
+
+    (alone,) = probed_in("looks")
+    effects = pd.read_csv(alone / "effects.csv")
+    registered = json.loads((alone / "preregistration.json").read_text())
+    looks = [look["documents"] for look in registered["splits"]["looks"]["confirm"]]
+    assert looks[:2] == [2, 4] and registered["statistics"]["looks"] == looks
+    documents = effects[effects["split"] == "confirm"].groupby(["model", "cell"])["document"].nunique()
+    assert {2} < set(documents) <= set(looks)  # something was decided at once, something went on
+
+    words = settings.replace("{tmp}/runs ", "{tmp}/killed ").format(tmp=trained).split()
+    probe = start_command(["probe.py", *words], trained / "log")
+    while probe.is_alive() and not list((trained / "killed").glob("probe_*/parts/*/*.confirm.*.effects.*")):
+        time.sleep(0.05)
+    os.kill(probe.pid, signal.SIGKILL)
+    exit_code(probe)
+    (killed,), (shared,) = probed_in("killed"), probed_in("shared_looks", "device=cpu", "devices=2")
+    for name in tables:
+        for other in (killed, shared):
+            assert (other / name).read_bytes() == (alone / name).read_bytes(), name
+
+    members = probed_in("swept", "probe.families=embedding,current,recent,older", multirun="-m ")
+    assert len(members) == 4
+    out = trained / "combined"
+    assert rejudge([*map(str, members), "--out", str(out)]) == 0
+    keys = ["model", "cell", "window"]
+    ours, whole = (pd.read_csv(folder / "effects.csv").set_index(keys).sort_index() for folder in (out, alone))
+    pd.testing.assert_frame_equal(ours, whole, check_exact=True)
+    assert rejudge([str(alone)]) == rejudge([str(out)]) == 0
 
 
 def test_probe_without_a_baseline_names_the_command_that_makes_one(trained):

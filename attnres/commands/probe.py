@@ -19,11 +19,14 @@ from attnres.files.provenance import command_line
 from attnres.files.run_folder import refuse_unsafe_loading
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import pandas as pd
 
+    from attnres.interventions.grid import Grid
     from attnres.probe.config import ProbeConfig
     from attnres.probe.preregistration import Fixed
-    from attnres.probe.runner import Measured
+    from attnres.probe.runner import Measured, Needed, WhatNext
     from attnres.statistics.config import StatisticsConfig
     from attnres.statistics.judgement import Judged
 
@@ -82,7 +85,8 @@ def probe(config: "ProbeConfig", command: str) -> Result | None:
     from attnres.processes.memory import out_of_memory
     from attnres.processes.ranks import launched
     from attnres.report.report import write_report
-    from attnres.tables.names import Model
+    from attnres.statistics.looks import resolved
+    from attnres.tables.names import Model, Split
 
     refuse_unsafe_loading()
     if config.threads is not None:
@@ -98,13 +102,15 @@ def probe(config: "ProbeConfig", command: str) -> Result | None:
             if ranks.rank == 0:
                 log.info("%d checks passed; writing to %s", len(checks), folder)
             cells = config.statistics.grid_cells or grid.whole
-            statistics = dataclasses.replace(config.statistics, grid_cells=cells)
+            documents = subjects.text.counts["documents"][Split.CONFIRM]
+            looks = resolved(config.statistics.looks, documents)
+            statistics = dataclasses.replace(config.statistics, grid_cells=cells, looks=looks)
             fixed = Fixed(config.probe, to_plain(statistics), subjects, grid, checks, command)
             ranks.first(partial(register, folder, fixed))
             faults.point("probe.registered")
             with executing(folder, fixed, ranks) as execution:
                 estimated = (Model.TRAINED,) if config.probe.attribution else ()
-                measured = measure(subjects.models, grid, execution, estimated=estimated)
+                measured = measure(subjects.models, grid, execution, _what_next(fixed, statistics), estimated)
             if ranks.rank > 0:
                 return None
             faults.point("probe.tables")
@@ -114,6 +120,30 @@ def probe(config: "ProbeConfig", command: str) -> Result | None:
             shutil.rmtree(folder / PIECES)
             return Result(folder, report, judged.cells)
     return None
+
+
+def _what_next(fixed: "Fixed", statistics: "StatisticsConfig") -> "WhatNext":
+    """Which cells each look measures: what an open question needs, or all where a part of the grid cannot know."""
+    import pandas as pd
+
+    from attnres.probe.runner import everything
+    from attnres.statistics.open_questions import needed_at
+    from attnres.tables.names import Split
+
+    if not fixed.looks or len(fixed.grid.specs) < fixed.grid.whole:
+        return everything
+    models = [
+        {"name": subject.name, "convention": subject.plan.convention, "routing_trained": subject.routing_trained}
+        for subject in fixed.subjects.models
+    ]
+
+    def what_next(grid: "Grid", splits: "Collection[str]", measured: "Measured | None") -> "Needed":
+        (split,) = splits
+        effects, mass = (None, None) if measured is None else (measured.effects, measured.mass)
+        listed = pd.DataFrame([candidate.row for candidate in grid.candidates])
+        return needed_at(Split(split), effects, mass, listed, models, statistics)
+
+    return what_next
 
 
 def _judge(folder: Path, fixed: "Fixed", measured: "Measured", statistics: "StatisticsConfig") -> "Judged":

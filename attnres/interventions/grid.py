@@ -76,6 +76,11 @@ class Grid:
         """What is asked for, each cell once."""
         return list(dict.fromkeys(candidate.spec for candidate in self.candidates))
 
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, each once."""
+        return list(dict.fromkeys(candidate.model for candidate in self.candidates))
+
     def of_model(self, model: str) -> list[Candidate]:
         """A model's candidates."""
         return [candidate for candidate in self.candidates if candidate.model == model]

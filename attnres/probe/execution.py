@@ -1,10 +1,11 @@
 """How a probe is carried out: in batches and stages, by several processes, with kept pieces, progress and a stop."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ Stage = Mapping[str, range]
 
 @dataclass(frozen=True)
 class Batch:
-    """The unit of work: some windows of a split, `number` in it."""
+    """The unit of work: some windows of a split, `number` in it.
+
+    Attributes:
+        look: the look at its split that the batch belongs to, from 1; 0 where everything is measured at once.
+    """
 
     split: str
     number: int
     windows: ProbeWindows
+    look: int = 0
 
     def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and labels `[B, T]`."""
@@ -83,13 +89,15 @@ class Execution:
         """The batches of every stage, in order; those of a split are numbered through all stages."""
         stages = self.stages or ({split: range(len(drawn)) for split, drawn in self.windows.items()},)
         numbers: Counter[str] = Counter()
+        looks: Counter[str] = Counter()
         listed = []
         for stage in stages:
             batches = []
+            looks.update(stage.keys() if self.stages else ())
             for split, positions in stage.items():
                 for begin in range(positions.start, positions.stop, self.batch_size):
                     rows = slice(begin, min(begin + self.batch_size, positions.stop))
-                    batches.append(Batch(split, numbers[split], _taken(self.windows[split], rows)))
+                    batches.append(Batch(split, numbers[split], _taken(self.windows[split], rows), looks[split]))
                     numbers[split] += 1
             listed.append(tuple(batches))
         return tuple(listed)
@@ -125,6 +133,22 @@ class Execution:
         self.pieces.refresh()
 
 
+def stages_of(windows: Mapping[str, ProbeWindows], looks: Mapping[str, Sequence[int]]) -> tuple[Stage, ...]:
+    """A stage for each look at each split, the pilot's first.
+
+    Args:
+        windows: per split, a document's beside each other, in the order in which documents were drawn.
+        looks: per split, after how many documents each is taken.
+    """
+    stages: list[Stage] = []
+    for split, drawn in windows.items():
+        owners = drawn.document_ids.tolist()
+        ends = [place + 1 for place in range(len(owners)) if owners[place : place + 2] != [owners[place]] * 2]
+        edges = [0, *(ends[documents - 1] for documents in looks[split])]
+        stages += [{split: range(begin, end)} for begin, end in pairwise(edges)]
+    return tuple(stages)
+
+
 @contextmanager
 def executing(folder: Path, fixed: Fixed, ranks: Ranks) -> Iterator[Execution]:
     """The execution of a command: pieces in the probe's folder, a bar in the terminal, signals that stop it."""
@@ -147,6 +171,7 @@ def executing(folder: Path, fixed: Fixed, ranks: Ranks) -> Iterator[Execution]:
             progress=bar,
             stop=lambda: signals.name if signals.ends() else "",
             signals=signals,
+            stages=stages_of(fixed.subjects.text.windows, fixed.looks) if fixed.looks else (),
         )
 
 

@@ -152,7 +152,7 @@ class MassObserver:
                     | {"uniform_share": sum(shares) / len(shares)}
                 )
             )
-        return pd.concat(rows, ignore_index=True)[columns.MASS.names]
+        return pd.concat(rows, ignore_index=True)[columns.MASS.required]
 
 
 class RoutingSums:

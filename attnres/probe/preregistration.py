@@ -25,6 +25,7 @@ from attnres.probe.checks import Check
 from attnres.probe.earlier_probes import earlier_probes
 from attnres.probe.subjects import Subjects
 from attnres.processes.hardware import hardware
+from attnres.statistics.looks import resolved
 from attnres.tables.folder import PREREGISTRATION, windows_digest
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ TESTS = {
     "(one-sided sign flips, the larger p); Holm over the sublayer types",
     "what predicts effect": "Spearman over cells of the mask, bootstrap over documents; differences from mass, Holm "
     "over norm-aware share and displacement",
+    "looks": "every test is read after each of the registered numbers of documents, at a share of its level (spending "
+    "function of documents); what is decided is measured no further; comparisons whose conditional power falls below a "
+    "limit are given up as inconclusive; rank correlations on the last look within statistics.rank_look documents",
     "seeds": "each is shown; no p over seeds with fewer than six",
 }
 # What a preregistration says of the moment at which it was written, and of its file.
@@ -66,6 +70,18 @@ class Fixed:
     grid: Grid
     checks: Sequence[Check]
     command: str
+
+    @property
+    def looks(self) -> dict[str, tuple[int, ...]]:
+        """Per split, after how many documents each look is taken; empty where all are measured at once.
+
+        On the pilot split nothing is tested, and looks only end what cannot be picked: they are those asked for.
+        """
+        asked = self.statistics["looks"]
+        if asked is None:
+            return {}
+        documents = self.subjects.text.counts["documents"]
+        return {split: resolved(asked, number) or () for split, number in documents.items()}
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -113,10 +129,27 @@ def preregistration(fixed: Fixed) -> dict[str, Any]:
                 split: windows_digest(drawn.window_ids.tolist(), drawn.document_ids.tolist())
                 for split, drawn in text.windows.items()
             }
-        },
+        }
+        | ({"looks": _looks(fixed)} if fixed.looks else {}),
         "hashes": fixed.provenance["hashes"],
         "seeds": fixed.provenance["seeds"],
     }
+
+
+def _looks(fixed: Fixed) -> dict[str, Any]:
+    """Per split, the documents of each look and the digest of all windows up to it."""
+    listed = {}
+    for split, drawn in fixed.subjects.text.windows.items():
+        windows, owners = drawn.window_ids.tolist(), drawn.document_ids.tolist()
+        order = list(dict.fromkeys(owners))
+        rows = []
+        for documents in fixed.looks[split]:
+            inside = set(order[:documents])
+            chosen = [place for place, owner in enumerate(owners) if owner in inside]
+            digest = windows_digest([windows[place] for place in chosen], [owners[place] for place in chosen])
+            rows.append({"documents": documents, "sha256": digest})
+        listed[split] = rows
+    return listed
 
 
 # The remedy where a probe's folder cannot be written.

@@ -67,17 +67,23 @@ class Measured:
         return pd.DataFrame([candidate.row for candidate in self.grid.candidates], columns=columns.ELIGIBILITY.names)
 
 
-# Model -> ids of the cells that the next stage measures. A model that is not named is measured no further.
+# Model -> ids of the cells that a stage measures. A model that is not named is not run; one without cells is run clean.
 Needed = Mapping[str, Collection[str]]
-# Asked after a stage, in every process: it must depend on what was measured alone. Nothing needed ends the walk.
-WhatNext = Callable[[Measured], Needed]
+# Asked before a stage, in every process, with the grid as the pilot left it, the splits of the stage, and what was
+# measured before (None before the first): the answer must depend on these alone.
+WhatNext = Callable[[Grid, Collection[str], Measured | None], Needed]
+
+
+def everything(grid: Grid, splits: Collection[str], measured: Measured | None) -> Needed:
+    """Every cell that can be judged, in every stage."""
+    return {model: [spec.id for spec in grid.eligible(model)] for model in grid.models}
 
 
 def measure(
     subjects: Sequence[Subject],
     grid: Grid,
     execution: Execution,
-    what_next: WhatNext = lambda measured: {},
+    what_next: WhatNext = everything,
     estimated: Collection[str] = (),
 ) -> Measured:
     """Effects of every eligible cell on every window, with mass and routing from the clean runs.
@@ -85,7 +91,7 @@ def measure(
     Args:
         grid: the cells; what needs the pilot split and cannot have it is excluded.
         execution: how, and in which stages.
-        what_next: asked after each stage but the last.
+        what_next: says before each stage which cells it measures.
         estimated: models whose masks are estimated from gradients as well.
 
     Raises:
@@ -102,10 +108,13 @@ def measure(
         reasons = {spec.id: unavailable(spec, subject.plan, pilot, pilot_windows) for spec in eligible}
         grid = grid.excluding(subject.name, reasons)
         works[subject.name] = _Work(subject, tuple(grid.eligible(subject.name)), pilot)
-    needed: Needed = {name: [spec.id for spec in work.specs] for name, work in works.items()}
     done: list[_Done] = []
+    measured: Measured | None = None
     execution.progress.reset(0)
     for stage in execution.batches:
+        needed = what_next(grid, {batch.split for batch in stage}, measured)
+        if not needed:
+            continue
         cells = {name: [spec for spec in works[name].specs if spec.id in ids] for name, ids in needed.items()}
         execution.progress.total += len(execution.mine(stage)) * sum(map(len, cells.values()))
         for name, specs in cells.items():
@@ -113,8 +122,7 @@ def measure(
             execution.together(partial(_run_cells, works[name], specs, stage, execution))
             done += [_Done(name, batch, specs) for batch in stage]
         measured = _tables(subjects, grid, done, execution)
-        if stage is execution.batches[-1] or not (needed := what_next(measured)):
-            break
+    assert measured is not None
     estimates = [_estimates(subject, grid, done, execution) for subject in subjects if subject.name in estimated]
     return replace(measured, attribution=pd.concat(estimates, ignore_index=True)) if estimates else measured
 
@@ -290,13 +298,18 @@ def _tables(subjects: Sequence[Subject], grid: Grid, done: Sequence[_Done], exec
     tables: dict[str, list[pd.DataFrame]] = {"effects": [], "mass": [], "routing": [], "clean": []}
     for subject in subjects:
         mine = [entry for entry in done if entry.model == subject.name]
-        observed = _observations(subject, [entry.batch for entry in mine], execution)
+        # The clean runs of the pilot split are always all there: they say what a model's families hold.
+        clean = [*_pilot_batches(execution), *(entry.batch for entry in mine if entry.batch.split != Split.PILOT)]
+        observed = _observations(subject, clean, execution)
         confirm = {name: rows[rows["split"] == Split.CONFIRM] for name, rows in observed.items()}
         tables["effects"].append(_effects_table(subject, grid, mine, execution))
         tables["mass"].append(observed["mass"])
         tables["routing"].append(routing_table(subject, routing_means(confirm["routing"])))
         tables["clean"].append(confirm["clean"])
-    return Measured(grid, **{name: pd.concat(rows, ignore_index=True) for name, rows in tables.items()})
+    joined = {name: pd.concat(rows, ignore_index=True) for name, rows in tables.items()}
+    if "look" in joined["effects"]:
+        joined["effects"]["look"] = joined["effects"]["look"].astype("int64")  # also beside a model without effects
+    return Measured(grid, **joined)
 
 
 def _effects_table(subject: Subject, grid: Grid, done: Sequence[_Done], execution: Execution) -> pd.DataFrame:
@@ -308,17 +321,23 @@ def _effects_table(subject: Subject, grid: Grid, done: Sequence[_Done], executio
             raise damaged(subject.name, batch)
         if len(rows):
             rows = rows.sort_values("cell", key=lambda column, order=order: column.map(order), kind="stable")
-            tables.append(rows.assign(model=subject.name, split=batch.split))
+            tables.append(rows.assign(model=subject.name, split=batch.split, **_look_of(batch)))
     effects = pd.concat(tables, ignore_index=True) if tables else _no_effects()
     cells = {candidate.spec.id: candidate.row for candidate in grid.of_model(subject.name)}
     for column in ("intervention", *columns.SLICE):
         effects[column] = effects["cell"].map({cell: row[column] for cell, row in cells.items()})
-    return effects[columns.EFFECTS.names]
+    return effects[[name for name in columns.EFFECTS.names if name in effects]]
+
+
+def _look_of(batch: Batch) -> dict[str, int]:
+    """The column `look`, where documents came in looks."""
+    return {"look": batch.look} if batch.look else {}
 
 
 def _no_effects() -> pd.DataFrame:
     types = {"text": "object", "integer": "int64", "number": "float32"}
-    return pd.DataFrame({column.name: pd.Series(dtype=types[column.type]) for column in columns.EFFECTS.columns})
+    required = (column for column in columns.EFFECTS.columns if not column.optional)
+    return pd.DataFrame({column.name: pd.Series(dtype=types[column.type]) for column in required})
 
 
 def _estimates(subject: Subject, grid: Grid, done: Sequence[_Done], execution: Execution) -> pd.DataFrame:
@@ -339,5 +358,6 @@ def _observations(subject: Subject, batches: Sequence[Batch], execution: Executi
             key = batch.key(subject.name, kind)
             if not execution.pieces.has(key):
                 raise damaged(subject.name, batch)
-            tables[kind].append(execution.pieces.last(key))
+            piece = execution.pieces.last(key)
+            tables[kind].append(piece.assign(**_look_of(batch)) if kind == "mass" else piece)
     return {kind: pd.concat(rows, ignore_index=True) for kind, rows in tables.items()}

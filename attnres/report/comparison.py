@@ -104,8 +104,9 @@ def paired_contrasts(runs: Sequence[Run]) -> tuple[pd.DataFrame, str]:
     known = {field.name for field in fields(StatisticsConfig)}
     given = {k: v for k, v in runs[0].tables.summary["statistics"].items() if k in known}
     try:
-        design = Design.of(effects, pd.DataFrame(), eligibility, ["dnll"])
-        return contrast_table(design, StatisticsConfig(**given), runs[0].label), ""
+        config = StatisticsConfig(**given)
+        design = Design.of(effects, pd.DataFrame(), eligibility, ["dnll"], config)
+        return contrast_table(design, config, runs[0].label), ""
     except (AttnResError, ValueError, TypeError) as error:
         return empty, f"The runs cannot be paired: {one_line(error)}"
 

@@ -18,7 +18,7 @@ from attnres.tables import columns
 from attnres.tables.folder import read_table
 
 _ABSENT = "–"
-_EFFECT_COLUMNS = ("model", "window", "document", "split", "cell", "intervention", *columns.SLICE, "dnll")
+_EFFECT_COLUMNS = ("model", "window", "document", "split", "cell", "intervention", *columns.SLICE, "dnll", "look")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,17 @@ class Run:
 
     @property
     def windows(self) -> frozenset[tuple[Any, ...]]:
-        """The (split, window, document) on which the trained model was probed."""
+        """The (split, window, document) on which the trained model was probed.
+
+        Where there are several looks, those of the first, with the numbers of documents that decide the others.
+        """
         effects = self.tables.effects
         mine = effects[effects["model"] == self.tables.trained]
-        return frozenset(zip(mine["split"], mine["window"], mine["document"], strict=True))
+        looks: list[tuple[Any, ...]] = []
+        if "look" in mine:
+            mine = mine[mine["look"] == 1]
+            looks = [("looks", *(self.tables.summary["statistics"].get("looks") or ()))]
+        return frozenset([*zip(mine["split"], mine["window"], mine["document"], strict=True), *looks])
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -17,7 +17,7 @@ from attnres.tables.roles import Roles
 
 # p after Benjamini and Hochberg, where many places were tested.
 DISCOVERY = "p_fdr"
-_WINDOW = ("model", "window", "document", "split")
+_WINDOW = ("model", "window", "document", "split", "look")
 _LISTS = ("models", "checks", "claims", "dissociation", "spearman", "motifs", "rescues", "plan_notes", "attribution")
 _OBJECTS = ("grid", "statistics", "recency", "provenance", "permuted_labels", "attribution_rank", "judged_anew")
 _JSON_NAMES = {list: "list", dict: "JSON object"}

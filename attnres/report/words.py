@@ -192,12 +192,14 @@ def _of_checkpoints(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_windows(tables: Tables) -> Iterator[str]:
-    drawn = {
-        frozenset(zip(rows["window"], rows["document"], rows["split"], strict=True))
-        for table in (tables.effects, tables.mass)
-        for _, rows in table.groupby("model")
-    }
-    if len(drawn) > 1:
+    # A model goes up to the look that an open question needs: windows are compared look by look.
+    drawn: dict[tuple[object, ...], set[frozenset[tuple[object, ...]]]] = {}
+    for table in (tables.effects, tables.mass):
+        keys = ["split", "look"] if "look" in table else []
+        for key, rows in table.groupby(["model", *keys]):
+            windows = frozenset(zip(rows["window"], rows["document"], rows["split"], strict=True))
+            drawn.setdefault(key[1:], set()).add(windows)
+    if any(len(sets) > 1 for sets in drawn.values()):
         yield "The models were not probed on the same windows: the contrasts below are not paired."
 
 

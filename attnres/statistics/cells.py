@@ -6,7 +6,6 @@ import pandas as pd
 from attnres.depth.places import WHOLE_READ
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.design import EFFECT_MEASURES, MASS_MEASURES, OF_EFFECT, OF_MASS, Design, units
-from attnres.statistics.inference import interval, margin_tests, sign_flip_p
 from attnres.statistics.sample_size import documents_needed
 from attnres.statistics.verdicts import adjusted, cell_verdicts, correct, families
 from attnres.tables import columns
@@ -45,27 +44,35 @@ def cell_table(design: Design, config: StatisticsConfig) -> pd.DataFrame:
     grid["correction"] = grid["correction"].fillna("")
     undecided = (grid["verdict"] == Verdict.INCONCLUSIVE) & np.isfinite(grid["documents_needed"])
     grid["documents_needed"] = grid["documents_needed"].where(undecided).astype("Int64")
-    return grid.astype({"documents": "Int64", "windows": "Int64", "family_size": "Int64"}).reset_index(drop=True)
+    return grid.astype(dict.fromkeys(("documents", "windows", "family_size", "looks"), "Int64")).reset_index(drop=True)
 
 
 def _tested(design: Design, config: StatisticsConfig) -> pd.DataFrame:
     """What was tested of the effect of each cell, with the index of the grid."""
     tested, effects = design.tested, design.effects[Split.CONFIRM]
-    dnll, kl, flips = (effects.of(measure, units(tested, OF_EFFECT)) for measure in EFFECT_MEASURES)
-    table = pd.DataFrame({"documents": len(effects.documents), "windows": effects.windows}, index=tested.index)
-    table["dnll"], table["kl"], table["flips"] = dnll.mean(axis=0), kl.mean(axis=0), flips.mean(axis=0)
-    table["dnll_lo"], table["dnll_hi"] = interval(dnll, config)
-    table["kl_lo"], table["kl_hi"] = interval(kl, config)
-    table["p"] = sign_flip_p(dnll, config.sign_flips, config.seed)
-    table = table.assign(**margin_tests(dnll, kl, config.margin)._asdict(), correction="")
+    dnll, kl, flips = (effects.sample(measure, units(tested, OF_EFFECT)) for measure in EFFECT_MEASURES)
+    measured = {"documents": dnll.documents, "windows": effects.windows_of(dnll), "looks": dnll.depth}
+    table = pd.DataFrame(measured, index=tested.index)
+    table["dnll"], table["kl"], table["flips"] = dnll.mean(), kl.mean(), flips.mean()
+    table["dnll_lo"], table["dnll_hi"] = dnll.interval(config)
+    table["kl_lo"], table["kl_hi"] = kl.interval(config)
+    table["p"] = dnll.sign_flip_p(config)
+    table = table.assign(
+        tost_p=dnll.equivalence_p(config.margin),
+        kl_upper_p=kl.one_sided_p(config.margin, "less"),
+        kl_lower_p=kl.one_sided_p(config.margin, "greater"),
+        correction="",
+    )
     place = pd.Series(range(len(table)), index=table.index)
     for _, rows in design.grid.groupby("model", sort=False):
         for family in families(rows, config):
             if len(family.rows):
                 correct(table, family, ["p", "kl_lower_p"])
                 mine = place[family.rows].to_numpy()
-                needed = documents_needed(dnll[:, mine], kl[:, mine], family.size, config)
-                table.loc[family.rows, "documents_needed"] = needed
+                for row in mine if len(set(dnll.depth[mine])) > 1 else [mine]:
+                    of, look = np.atleast_1d(row), int(dnll.depth[row].max())
+                    needed = documents_needed(dnll.first(look, of), kl.first(look, of), family.size, config)
+                    table.loc[table.index[of], "documents_needed"] = needed
     return table.rename(columns={"kl_lower_p_holm": "kl_lower_holm", "kl_lower_p_fdr": "kl_lower_fdr"})
 
 
@@ -76,10 +83,10 @@ def _with_mass(grid: pd.DataFrame, design: Design, config: StatisticsConfig) -> 
         mass = design.mass[Split.CONFIRM]
         summary = pd.DataFrame(list(mass.units), columns=OF_MASS)
         for measure in MASS_MEASURES:
-            by_document = mass.of(measure, mass.units)
-            summary[measure] = by_document.mean(axis=0)
+            by_document = mass.sample(measure, mass.units)
+            summary[measure] = by_document.mean()
             if measure in bounded:
-                summary[f"{measure}_lo"], summary[f"{measure}_hi"] = interval(by_document, config)
+                summary[f"{measure}_lo"], summary[f"{measure}_hi"] = by_document.interval(config)
     else:
         limits = [f"{measure}_{side}" for measure in bounded for side in ("lo", "hi")]
         summary = pd.DataFrame(columns=[*OF_MASS, *MASS_MEASURES, *limits])

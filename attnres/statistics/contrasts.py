@@ -6,7 +6,6 @@ import pandas as pd
 from attnres.statistics.cells import MASS_TOLERANCE
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.design import OF_EFFECT, OF_MASS, Design, units
-from attnres.statistics.inference import equivalence_p, interval, sign_flip_p
 from attnres.statistics.verdicts import correct, effect_verdicts, families, mass_verdicts
 from attnres.tables import columns
 from attnres.tables.names import Measure, Model, Split
@@ -40,7 +39,7 @@ def contrast_table(design: Design, config: StatisticsConfig, trained: str = Mode
         raise ValueError(f"trained model {trained!r} is not in the table, which has {models}: pass one of these names")
     tables = [_against(design, config, trained, model) for model in models if model != trained]
     kept = [table for table in tables if len(table)] or [pd.DataFrame(columns=columns.CONTRASTS.names)]
-    return pd.concat(kept, ignore_index=True).astype({"family_size": "Int64"})
+    return pd.concat(kept, ignore_index=True).astype({"family_size": "Int64", "looks": "Int64"})
 
 
 def _against(design: Design, config: StatisticsConfig, trained: str, baseline: str) -> pd.DataFrame:
@@ -55,20 +54,21 @@ def _against(design: Design, config: StatisticsConfig, trained: str, baseline: s
     if len(cells) == 0:
         return pd.DataFrame(columns=columns.CONTRASTS.names)
     effects = design.effects[Split.CONFIRM]
-    ours, theirs = (effects.of("dnll", units(cells.assign(model=name), OF_EFFECT)) for name in (trained, baseline))
-    difference = ours - theirs
-    low, high = interval(difference, config)
+    ours, theirs = (effects.sample("dnll", units(cells.assign(model=name), OF_EFFECT)) for name in (trained, baseline))
+    difference = ours.minus(theirs)
+    low, high = difference.interval(config)
     table = cells.assign(
         baseline=baseline,
-        documents=len(effects.documents),
-        windows=effects.windows,
-        diff=difference.mean(axis=0),
+        documents=difference.documents,
+        windows=effects.windows_of(difference),
+        looks=difference.depth,
+        diff=difference.mean(),
         diff_lo=low,
         diff_hi=high,
-        p=sign_flip_p(difference, config.sign_flips, config.seed),
-        tost_p=equivalence_p(difference, config.margin),
-        trained_dnll=ours.mean(axis=0),
-        baseline_dnll=theirs.mean(axis=0),
+        p=difference.sign_flip_p(config),
+        tost_p=difference.equivalence_p(config.margin),
+        trained_dnll=ours.where(difference).mean(),
+        baseline_dnll=theirs.where(difference).mean(),
         correction="",
     )
     of_mass = Split.CONFIRM in design.mass
@@ -90,11 +90,13 @@ def _mass_differences(table: pd.DataFrame, design: Design, config: StatisticsCon
     there = [place for place, pair in enumerate(pairs) if set(pair) <= mass.units.keys()]
     rows = pd.DataFrame(index=table.index[there])
     if there:
-        ours, theirs = (mass.of(Measure.MASS, side) for side in zip(*(pairs[place] for place in there), strict=True))
-        difference = ours - theirs
+        sides = zip(*(pairs[place] for place in there), strict=True)
+        ours, theirs = (mass.sample(Measure.MASS, side) for side in sides)
+        difference = ours.minus(theirs)
         # A wrap's schedule and weights that were learned to equal it differ by rounding, which is no difference.
-        difference = np.where(np.abs(difference).max(axis=0) <= MASS_TOLERANCE, 0.0, difference)
-        rows["mass_diff"] = difference.mean(axis=0)
-        rows["mass_diff_lo"], rows["mass_diff_hi"] = interval(difference, config)
-        rows["mass_p"] = sign_flip_p(difference, config.sign_flips, config.seed)
+        alike = np.nanmax(np.abs(difference.values), axis=0) <= MASS_TOLERANCE
+        difference = difference.with_values(np.where(alike & ~np.isnan(difference.values), 0.0, difference.values))
+        rows["mass_diff"] = difference.mean()
+        rows["mass_diff_lo"], rows["mass_diff_hi"] = difference.interval(config)
+        rows["mass_p"] = difference.sign_flip_p(config)
     return rows

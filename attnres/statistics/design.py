@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from attnres.depth.places import BANDS, place_kind
 from attnres.errors import DataError, NumericsError
+from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.inference import Floats
+from attnres.statistics.looks import Looks, Sample
 from attnres.tables import columns
 from attnres.tables.columns import SLICE
 from attnres.tables.names import MASK, Split
@@ -33,19 +35,42 @@ class Averages:
 
     Attributes:
         documents: their ids, ascending: [documents].
-        windows: how many windows they have together.
+        look: the look at which each came, from 1: [documents].
+        windows: how many windows each has: [documents].
         units: what was measured, e.g. (model, cell) -> its row in `values`.
-        values: measure -> [units, documents].
+        values: measure -> [units, documents]; NaN at documents of looks behind a unit's last.
+        looks: of the split.
     """
 
     split: Split
     documents: NDArray[np.int64]
-    windows: int
+    look: NDArray[np.int64]
+    windows: NDArray[np.int64]
     units: Mapping[tuple[str, ...], int]
     values: Mapping[str, Floats]
+    looks: Looks
 
-    def of(self, measure: str, units: Iterable[tuple[str, ...]]) -> Floats:
-        """Means of some units by document: [documents, units], in their order.
+    def of(self, measure: str, units: Iterable[tuple[str, ...]], within: int | None = None) -> Floats:
+        """Means of some units by document: [documents, units], in their order, at the documents that all of them have.
+
+        Args:
+            within: only documents of looks at so many documents.
+
+        Raises:
+            ValueError: a unit was not measured in this split.
+        """
+        sample = self.sample(measure, units)
+        last = int(sample.depth.min(initial=len(self.looks.shares)))
+        if within is not None:
+            last = min(last, self.looks.last_within(within))
+        return sample.first(last, np.arange(sample.values.shape[1]))
+
+    def windows_of(self, sample: Sample) -> NDArray[np.int64]:
+        """How many windows the documents of each column have: [columns]."""
+        return ((self.look[:, None] <= sample.depth) * self.windows[:, None]).sum(axis=0)
+
+    def sample(self, measure: str, units: Iterable[tuple[str, ...]]) -> Sample:
+        """Means of some units by document, each up to its last look.
 
         Raises:
             ValueError: a unit was not measured in this split.
@@ -56,7 +81,7 @@ class Averages:
                 raise ValueError(f"no {measure} of {' '.join(unit)} in split {self.split.value!r}: rerun that cell")
             rows.append(self.units[unit])
         # The columns of what is returned are contiguous: sums over documents do not depend on the other units.
-        return self.values[measure][rows].T
+        return Sample(self.values[measure][rows].T, self.look, self.looks.shares)
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,7 @@ class Design:
         mass: pd.DataFrame,
         eligibility: pd.DataFrame,
         measures: Sequence[str] = tuple(EFFECT_MEASURES),
+        config: StatisticsConfig | None = None,
     ) -> "Design":
         """Checks the tables of a probe and averages them.
 
@@ -90,6 +116,7 @@ class Design:
             mass: one row per model x slice x window, both splits; empty where mass is not judged.
             eligibility: one row per model x candidate.
             measures: columns of `effects` that are averaged.
+            config: the looks that tables with a column `look` were measured in.
 
         Raises:
             ValueError: tables that do not fit each other, or a document in both splits.
@@ -98,10 +125,11 @@ class Design:
         """
         grid = candidates(effects, eligibility)
         of_effects, of_mass = {}, {}
+        plan = _plan_of(config)
         if len(effects):
-            of_effects[Split.CONFIRM] = averages(effects, OF_EFFECT, measures, Split.CONFIRM)
+            of_effects[Split.CONFIRM] = averages(effects, OF_EFFECT, measures, Split.CONFIRM, plan)
         if len(mass):
-            of_mass[Split.CONFIRM] = averages(mass, OF_MASS, MASS_MEASURES, Split.CONFIRM)
+            of_mass[Split.CONFIRM] = averages(mass, OF_MASS, MASS_MEASURES, Split.CONFIRM, plan)
         picked = at_bands(effects[effects["split"] == Split.PILOT], MASK)
         if len(picked) and len(mass):
             of_effects[Split.PILOT] = averages(picked, OF_EFFECT, measures, Split.PILOT)
@@ -111,7 +139,11 @@ class Design:
             if len(shared):
                 raise ValueError(f"document {shared[0]} is in both the pilot and the confirm split: make them disjoint")
         for split in of_effects.keys() & of_mass.keys():
-            if not np.array_equal(of_effects[split].documents, of_mass[split].documents):
+            measured = set(of_effects[split].documents.tolist())
+            # The clean runs of a look may go on where no cell does, for what is asked of mass.
+            if not measured <= set(of_mass[split].documents.tolist()) or (
+                "look" not in effects and len(measured) < len(of_mass[split].documents)
+            ):
                 raise ValueError(
                     f"effects and mass of split {split.value!r} come from different documents: pass both from one run"
                 )
@@ -133,16 +165,24 @@ def at_bands(table: pd.DataFrame, intervention: str) -> pd.DataFrame:
     return table[(table["intervention"] == intervention) & table["band"].isin(BANDS)]
 
 
-def averages(table: pd.DataFrame, names: Sequence[str], measures: Sequence[str], split: Split) -> Averages:
+def averages(
+    table: pd.DataFrame,
+    names: Sequence[str],
+    measures: Sequence[str],
+    split: Split,
+    plan: Looks | None = None,
+) -> Averages:
     """Means by document over its windows.
 
     Args:
         table: tidy, one row per unit x window, with columns `document`, `window`, `split`, the units' and the
-            measures'.
+            measures', and `look` where they were measured in looks.
         names: columns that together name what was measured, e.g. model and cell.
+        plan: the looks of the confirmatory split.
 
     Raises:
-        ValueError: a column is missing, a row is repeated, a split is none, or units differ in their windows.
+        ValueError: a column is missing, a row is repeated, a split is none, or units differ in their windows, other
+            than in how many looks they have.
         NumericsError: a value is not finite.
         DataError: the split has fewer than two documents.
     """
@@ -159,30 +199,60 @@ def averages(table: pd.DataFrame, names: Sequence[str], measures: Sequence[str],
         raise NumericsError(
             f"non-finite {'/'.join(measures)} in {(~finite).sum()} rows, first at {where}: check the model"
         )
+    if (documents := rows["document"].nunique()) < 2:
+        raise DataError(
+            f"split {split.value!r} has {documents} document(s) and statistics by document need at least 2: "
+            "raise the number of probe documents or the split's fraction"
+        )
     number = rows.groupby(names, sort=False).ngroup().to_numpy()
     named = units(rows.iloc[np.unique(number, return_index=True)[1]], names)
-    rows = rows[["document", "window", *measures]].assign(unit=number)
+    look = rows["look"] if "look" in rows else pd.Series(1, index=rows.index)
+    rows = rows[["document", "window", *measures]].assign(unit=number, look=look)
     if rows.duplicated(["unit", "document", "window"]).any():
         raise ValueError(f"repeated rows of one {unit} x window: write each only once")
     # The pivot sorts documents and windows: sums do not depend on the order of rows.
     wide = rows.pivot(index=["document", "window"], columns="unit", values=measures).astype(np.float64)
-    if wide.isna().to_numpy().any():
+    came = rows.groupby("document")["look"].agg(["min", "max"])
+    at = came["max"].reindex(wide.index.get_level_values("document")).to_numpy()
+    there = ~wide[measures[0]].isna().to_numpy()
+    last = np.where(there, at[:, None], 0).max(axis=0, initial=0)
+    if (came["min"] != came["max"]).any() or not np.array_equal(there, at[:, None] <= last):
         raise ValueError(
             f"not every {unit} of split {split.value!r} was measured on the same windows: rerun the missing ones"
         )
     means = wide.groupby(level="document").mean()
-    if len(means) < 2:
-        raise DataError(
-            f"split {split.value!r} has {len(means)} document(s) and statistics by document need at least 2: "
-            "raise the number of probe documents or the split's fraction"
-        )
     return Averages(
         split=split,
         documents=means.index.to_numpy(),
-        windows=len(wide),
+        look=came["max"].to_numpy(),
+        windows=wide.groupby(level="document").size().to_numpy(),
         units={name: place for place, name in enumerate(named)},
         values={measure: np.ascontiguousarray(means[measure].to_numpy().T) for measure in measures},
+        looks=_looks(came["max"].to_numpy(), split, plan if "look" in table else None),
     )
+
+
+def _plan_of(config: StatisticsConfig | None) -> Looks | None:
+    return Looks.of(config.looks, config.spending) if config is not None and config.looks else None
+
+
+def _looks(look: NDArray[np.int64], split: Split, plan: Looks | None) -> Looks:
+    """The plan of a split, where its documents came in its looks.
+
+    Raises:
+        DataError: they came in others.
+    """
+    counts = tuple(int((look <= number).sum()) for number in range(1, int(look.max(initial=1)) + 1))
+    if split == Split.PILOT or (plan is None and len(counts) == 1):
+        # What is picked on the pilot split is no test: nothing is spent there.
+        return Looks(counts, (1.0,) * len(counts))
+    if plan is None or counts != plan.documents[: len(counts)]:
+        wanted = "none" if plan is None else ", ".join(map(str, plan.documents))
+        raise DataError(
+            f"the documents of split {split.value!r} came in looks of {', '.join(map(str, counts))}, and those "
+            f"registered are {wanted}: judge the tables under their own preregistration"
+        )
+    return plan
 
 
 def candidates(effects: pd.DataFrame, eligibility: pd.DataFrame) -> pd.DataFrame:

@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from attnres.statistics.cells import MASS_TOLERANCE
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import Design, at_bands
-from attnres.statistics.inference import Floats, adjust_p, interval, sign_flip_p
-from attnres.statistics.rank_correlation import TIE_DECIMALS, cell_values
+from attnres.statistics.design import OF_EFFECT, OF_MASS, Averages, Design, at_bands, units
+from attnres.statistics.inference import Floats, adjust_p
+from attnres.statistics.looks import Sample
+from attnres.statistics.rank_correlation import TIE_DECIMALS
 from attnres.tables import columns
 from attnres.tables.names import MASK, DissociationVerdict, Measure, Split
 
+# Standard errors of both means between a cell and the best at which it leaves the race.
+_OUT = 2.0
 # Attention and MLP: the family of a model's dissociation tests, whichever of them this job ran.
 _SUBLAYER_TESTS = 2
 
@@ -59,10 +63,10 @@ def dissociation_table(design: Design, spearman: pd.DataFrame, config: Statistic
         if Split.PILOT not in design.effects or model not in set(tested["model"]):
             row["reason"] = "no effects in the pilot or in the confirm split"
         else:
-            row |= {"cells": len(cells), "documents": len(design.effects[Split.CONFIRM].documents)}
+            row |= {"cells": len(cells), "documents": int(design.effects[Split.CONFIRM].look.size)}
             row |= _dissociation(design, cells, config)
         rows.append(row)
-    table = pd.DataFrame(rows).reindex(columns=columns.DISSOCIATION.names)
+    table = pd.DataFrame(rows).reindex(columns=columns.DISSOCIATION.names).astype({"looks": "Int64"})
     for _, tests in table[table["p"].notna()].groupby("model"):
         table.loc[tests.index, "p_holm"] = adjust_p(tests["p"].to_numpy(dtype=np.float64), _SUBLAYER_TESTS)
     table.loc[table["p_holm"] <= config.alpha, "verdict"] = DissociationVerdict.DISSOCIATED
@@ -98,23 +102,52 @@ def _dissociation(design: Design, cells: pd.DataFrame, config: StatisticsConfig)
     """Of one model and sublayer: cells picked on the pilot split and, where they differ, the tests."""
     if len(cells) < 2:
         return {"reason": "fewer than two eligible cells"}
-    values = {}
-    for split in Split:
-        dnll, measures = cell_values(design, cells, split)
-        values[split] = measures[Measure.MASS], dnll
-    picks = pick_cells(*(by_document.mean(axis=0) for by_document in values[Split.PILOT]))
+    names = cells["cell"].to_numpy()
+    pilot = _samples(design, cells, Split.PILOT)
+    picks = pick_cells(pilot[0].mean(), np.where(in_race(pilot[1]), pilot[1].mean(), -np.inf))
     if picks is None:
         return {"reason": "no cell has a positive effect on the pilot split"}
     by_mass, by_effect = picks
-    names = cells["cell"].to_numpy()
     row = {"mass_cell": names[by_mass], "effect_cell": names[by_effect]}
     if by_mass == by_effect:
         reason = "one cell has the largest mass and the largest effect on the pilot split"
         return row | {"verdict": DissociationVerdict.COINCIDE, "reason": reason}
-    differences = paired_differences(*values[Split.CONFIRM], by_mass, by_effect)
-    low, high = interval(differences, config)
-    p = sign_flip_p(differences, config.sign_flips, config.seed, "greater")
+    mass, effect = _samples(design, cells, Split.CONFIRM)
+    differences = effect.with_values(paired_differences(mass.values, effect.values, by_mass, by_effect))
+    (low, high), means = differences.interval(config), differences.mean()
+    p = differences.sign_flip_p(config, "greater")
+    row |= {"documents": int(differences.documents.min()), "looks": int(differences.depth.min())}
     for column, name in enumerate(("mass", "effect")):
-        row |= {f"{name}_diff": differences[:, column].mean(), f"{name}_p": p[column]}
+        row |= {f"{name}_diff": means[column], f"{name}_p": p[column]}
         row |= {f"{name}_diff_lo": low[column], f"{name}_diff_hi": high[column]}
     return row | {"p": p.max()}
+
+
+def _samples(design: Design, cells: pd.DataFrame, split: Split) -> tuple[Sample, Sample]:
+    """Mass and effect of some cells by document, at the documents of the effects."""
+    mass, effects = design.mass[split], design.effects[split]
+    effect = effects.sample("dnll", units(cells, OF_EFFECT))
+    return _at(mass, effects, mass.sample(Measure.MASS, units(cells, OF_MASS))), effect
+
+
+def _at(mass: Averages, effects: Averages, sample: Sample) -> Sample:
+    """A sample of masses at the documents that have effects."""
+    there = np.isin(mass.documents, effects.documents)
+    return Sample(np.ascontiguousarray(sample.values.T[:, there]).T, effects.look, sample.shares)
+
+
+def in_race(effect: Sample) -> NDArray[np.bool_]:
+    """Which cells may still be the cell of largest effect on the pilot split, at its last look: [cells].
+
+    A cell leaves the race at the first look at which its mean lies further below the largest than both means' standard
+    errors allow, `_OUT` times over. What is picked here is tested elsewhere: the rule needs no level.
+    """
+    inside = effect.depth > 0
+    for look in range(1, int(effect.depth.max(initial=0)) + 1):
+        columns = np.flatnonzero(inside & (effect.depth >= look))
+        values = effect.first(look, columns)
+        mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
+        best = mean.argmax()
+        inside = np.zeros_like(inside)
+        inside[columns[mean + _OUT * error >= mean[best] - _OUT * error[best]]] = True
+    return inside

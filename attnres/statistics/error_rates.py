@@ -40,6 +40,7 @@ from attnres.statistics.simulation import (
     motif,
     negligible_at_margin,
     ranking,
+    stopped_interval_misses,
     student_family_wise,
 )
 
@@ -205,8 +206,41 @@ def scenarios() -> list[Scenario]:
               documents=(512,), replicates=500, chunk=100),
         _plan(interval_misses, "shown", "a 95% BCa interval misses",
               distributions=three, documents=both, replicates=1_000, chunk=500),
+        *_in_looks(),
     ]  # fmt: skip
     return [scenario for plan in plans for scenario in plan.scenarios()]
+
+
+def _in_looks() -> list[Plan]:
+    """The same under looks at 32, 64, 128, 256 and 512 documents."""
+    looks = "; looks at 32 to 512 documents"
+    seen: dict[str, Any] = {"looks": (32, 64, 128, 256, 512)}
+    none = f"any of {CELLS} cells is causal, none has an effect{looks}"
+    kl = f"any of {CELLS} cells is causal, KL at the margin, dNLL zero{looks}"
+    whole: dict[str, Any] = {"documents": (512,), "chunk": 50}
+
+    def alike(**truth: Any) -> Callable[..., Outcome]:
+        return partial(family_wise, truth=NoEffect(**truth), **seen)
+
+    return [
+        _plan(alike(), "error", none, distributions=(_NORMAL, _HEAVY, _SKEWED), **whole),
+        _plan(alike(shared=0.5), "error", f"{none}; cells share half of their variance", **whole),
+        _plan(alike(shared=0.5, windows=8), "error", f"{none}; 8 windows a document share half of their variance",
+              **whole | {"replicates": 2_000, "chunk": 10}),
+        _plan(alike(kl_at_margin=True, varies=False), "error", kl, distributions=(_SKEWED,), **whole),
+        _plan(partial(detection, **seen), "power", f"an effect of d = 0.2 in one of {CELLS} cells is causal{looks}",
+              **whole | {"replicates": 4_000}),
+        _plan(partial(negligible_at_margin, **seen), "error", f"negligible, dNLL at the margin{looks}",
+              distributions=(_NORMAL, _HEAVY, _SKEWED, _LEFT), **whole | {"replicates": 20_000, "chunk": 500}),
+        _plan(partial(negligible_at_margin, where="kl", **seen), "error", f"negligible, KL at the margin{looks}",
+              distributions=(_NORMAL, _SKEWED), **whole | {"replicates": 20_000, "chunk": 500}),
+        *(
+            _plan(partial(stopped_interval_misses, effect=effect, **seen), "error",
+                  f"the interval of a stopped cell misses, d = {effect}{looks}",
+                  distributions=(_NORMAL, _SKEWED), **whole | {"replicates": 6_000, "chunk": 500})
+            for effect in (0.2, 0.5)
+        ),
+    ]  # fmt: skip
 
 
 def table(rates: Sequence[Rate]) -> str:

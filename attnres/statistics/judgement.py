@@ -36,7 +36,7 @@ def judge(
         effects, mass, eligibility: as measured; see `Design.of`, which says what is refused.
         models: rows of a summary; see `Roles.of`.
     """
-    design = Design.of(effects, mass, eligibility)
+    design = Design.of(effects, mass, eligibility, config=config)
     cells, contrasts = cell_table(design, config), contrast_table(design, config)
     spearman = spearman_table(design, config)
     return Judged(

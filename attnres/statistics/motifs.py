@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from attnres.statistics.config import StatisticsConfig
-from attnres.statistics.design import Averages, Design, at_bands, units
-from attnres.statistics.inference import Floats, adjust_p, interval, sign_flip_p
+from attnres.statistics.design import OF_EFFECT, Averages, Design, at_bands, units
+from attnres.statistics.inference import Floats, adjust_p, sign_flip_p
 from attnres.statistics.verdicts import NOT_RUN, RUN, motif_verdicts
 from attnres.tables import columns
 from attnres.tables.columns import SLICE
@@ -71,15 +71,16 @@ def motif_table(
     tables = []
     for model, rows in banded.groupby("model", sort=False):
         compared = [_compared(row, rows, effects, controls) for row in rows.itertuples()]
-        differences = np.stack([column for _, *pair in compared for column in pair], axis=1)
-        known = np.flatnonzero(~np.isnan(differences[0]))
-        p, low, high = (np.full(differences.shape[1], np.nan) for _ in range(3))
-        if len(known):
-            p[known] = sign_flip_p(differences[:, known], config.sign_flips, config.seed, "greater")
-            low[known], high[known] = interval(differences[:, known], config)
+        own = effects.sample("dnll", units(rows, OF_EFFECT))
+        differences = own.with_values(np.stack([column for _, *pair in compared for column in pair], axis=1))
+        p, (low, high) = differences.sign_flip_p(config, "greater"), differences.interval(config)
+        means = np.full(differences.values.shape[1], np.nan)
+        for _, columns_there, values in differences.by_depth():
+            # Summed document by document, as the tables of record were.
+            means[columns_there] = np.ascontiguousarray(values).mean(axis=0)
         table = pd.DataFrame([row for row, *_ in compared])
         for place, name in enumerate(("elsewhere", "matched")):
-            table[f"{name}_diff"] = differences.mean(axis=0)[place::2]
+            table[f"{name}_diff"] = means[place::2]
             table[f"{name}_diff_lo"], table[f"{name}_diff_hi"] = low[place::2], high[place::2]
             table[f"{name}_p"] = p[place::2]
         table["p"] = table[["elsewhere_p", "matched_p"]].max(axis=1).where(table["elsewhere_p"].notna())
@@ -90,7 +91,7 @@ def motif_table(
         controlled = table.index[table["matched_p"].notna()]
         if len(controlled):
             table.loc[controlled, "matched_p_holm"] = adjust_p(table.loc[controlled, "matched_p"], size)
-        table["documents"] = len(effects.documents)
+        table["documents"], table["looks"] = own.documents, own.depth
         for name in ("effect_learned", "mass_learned"):
             of_trained = [learned.get(cell, {}).get(name, Learned.NOT_TESTED) for cell in table["cell"]]
             table[name] = of_trained if model == Model.TRAINED else ""
@@ -129,7 +130,7 @@ def _compared(
 ) -> tuple[dict[str, object], Floats, Floats]:
     """A cell's coordinates, and by document its effect less its family's elsewhere, and less its control's."""
     family = list(rows.loc[rows["family"] == row.family, "cell"])
-    dnll, place = effects.of("dnll", [(row.model, cell) for cell in family]), family.index(row.cell)
+    dnll, place = effects.sample("dnll", [(row.model, cell) for cell in family]).values, family.index(row.cell)
     missing = np.full(len(dnll), np.nan)
     elsewhere = less_elsewhere(dnll, place) if len(family) > 1 else missing
     key = (row.model, row.family, row.sublayer, row.band)
@@ -138,7 +139,7 @@ def _compared(
         listed = controls.loc[key]
         control = RUN if listed["eligible"] else str(listed["reason"])
         if listed["eligible"]:
-            matched = dnll[:, place] - effects.of("dnll", [(row.model, listed["cell"])])[:, 0]
+            matched = dnll[:, place] - effects.sample("dnll", [(row.model, listed["cell"])]).values[:, 0]
     coordinates = {
         **{name: getattr(row, name) for name in ("model", "cell", *SLICE)},
         "causal": Verdict(row.verdict) == Verdict.CAUSAL and row.dnll > 0,
@@ -180,7 +181,8 @@ def permutation_null(design: Design, cells: pd.DataFrame, config: StatisticsConf
     rows = at_bands(cells[cells["eligible"] & (cells["model"] == Model.TRAINED)], MASK).reset_index(drop=True)
     if config.permutations == 0 or rows.empty or rows["family"].value_counts().max() < 2:
         return {"permutations": 0, "cells": len(rows), "found": 0, "rate": 0.0}
-    dnll = design.effects[Split.CONFIRM].of("dnll", [(Model.TRAINED, cell) for cell in rows["cell"]])
+    effects = design.effects[Split.CONFIRM]
+    dnll = effects.of("dnll", [(Model.TRAINED, cell) for cell in rows["cell"]], config.rank_look)
     groups = [np.asarray(places) for places in rows.groupby(["sublayer", "band"]).indices.values()]
     families = [np.asarray(places) for places in rows.groupby("family").indices.values() if len(places) > 1]
     rng = np.random.default_rng([config.seed, _PERMUTATION_STREAM])

@@ -37,8 +37,9 @@ def spearman_table(design: Design, config: StatisticsConfig) -> pd.DataFrame:
     """Spearman correlation, over eligible masked cells at bands, of effect with mass, norm-aware share and
     displacement, on the confirmatory split.
 
-    Intervals are percentile intervals over bootstrapped documents, the same for effect and measure. Resampling adds
-    noise to the means, so intervals lean towards zero. `predicts` says that the lower limit is above zero.
+    Intervals are percentile intervals over bootstrapped documents, the same for effect and measure; where documents
+    came in looks, over those of the last look within `rank_look` that all cells of a model have. Resampling adds noise
+    to the means, so intervals lean towards zero. `predicts` says that the lower limit is above zero.
 
     Returns:
         One row per model x ("attn", "mlp", "all") x measure, columns `columns.SPEARMAN`; rho is NaN with fewer than
@@ -46,11 +47,11 @@ def spearman_table(design: Design, config: StatisticsConfig) -> pd.DataFrame:
     """
     rows = []
     tested = at_bands(design.tested, MASK)
-    if len(tested):
-        documents = len(design.effects[Split.CONFIRM].documents)
-        resamples = document_resamples(documents, config)
     for model, cells in tested.groupby("model", sort=False):
-        dnll, measures = cell_values(design, cells, Split.CONFIRM)
+        effects = design.effects[Split.CONFIRM]
+        documents = len(effects.of("dnll", units(cells, OF_EFFECT), config.rank_look))
+        resamples = document_resamples(documents, config)
+        dnll, measures = cell_values(design, cells, documents)
         for sublayer in [*cells["sublayer"].unique(), ALL]:
             chosen = (cells["sublayer"] == sublayer).to_numpy() | (sublayer == ALL)
             rho = {
@@ -81,11 +82,12 @@ def spearman_table(design: Design, config: StatisticsConfig) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns.SPEARMAN.names)
 
 
-def cell_values(design: Design, cells: pd.DataFrame, split: Split) -> tuple[Floats, dict[Measure, Floats]]:
-    """By document, dnll and each measure of some cells: [documents, cells]."""
+def cell_values(design: Design, cells: pd.DataFrame, within: int) -> tuple[Floats, dict[Measure, Floats]]:
+    """By document, dnll and each measure of some cells: [documents, cells], on the looks within so many documents."""
+    effects, mass = design.effects[Split.CONFIRM], design.mass[Split.CONFIRM]
     slices = units(cells, OF_MASS)
-    measures = {measure: design.mass[split].of(measure, slices) for measure in Measure}
-    return design.effects[split].of("dnll", units(cells, OF_EFFECT)), measures
+    measures = {measure: mass.of(measure, slices, within) for measure in Measure}
+    return effects.of("dnll", units(cells, OF_EFFECT), within), measures
 
 
 def document_resamples(documents: int, config: StatisticsConfig) -> Floats:
@@ -185,9 +187,12 @@ def against_exact(estimates: pd.DataFrame, design: Design, config: StatisticsCon
     model = str(estimates["model"].iloc[0])
     cells = list(dict.fromkeys(estimates["cell"]))
     estimated, exact = averages(estimates, ["cell"], ["estimate"], Split.CONFIRM), design.effects[Split.CONFIRM]
-    if not np.array_equal(estimated.documents, exact.documents):
+    sample = exact.sample("dnll", [(model, cell) for cell in cells])
+    # Cells are estimated where the model was run at all, and measured up to looks of their own.
+    documents = exact.documents[exact.look <= sample.depth.min()]
+    if not np.isin(documents, estimated.documents).all() or not np.isin(estimated.documents, exact.documents).all():
         raise ValueError("estimates and effects come from different documents: pass both from one run")
-    x = estimated.of("estimate", [(cell,) for cell in cells])
+    x = estimated.of("estimate", [(cell,) for cell in cells])[np.isin(estimated.documents, documents)]
     y = exact.of("dnll", [(model, cell) for cell in cells])
     rho = bootstrapped_spearman(y, x, document_resamples(len(x), config))
     low, high = percentile_interval(rho, config.alpha)

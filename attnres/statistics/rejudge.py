@@ -5,7 +5,7 @@ No model is loaded: `effects.parquet`, `mass.parquet`, `eligibility.csv` and `pr
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.design import EFFECT_MEASURES, MASS_MEASURES, OF_EFFECT, OF_MASS
 from attnres.statistics.judged import Judged
 from attnres.statistics.judgement import findings, judge
+from attnres.statistics.open_questions import replayed
 from attnres.tables import columns
 from attnres.tables.folder import (
     PREREGISTRATION,
@@ -95,8 +96,11 @@ def combine(folders: Sequence[Path], out: Path, agreeing: Callable[[Mapping[str,
     members = [read_measured(folder) for folder in folders]
     for member in members[1:]:
         _belong_together(members[0], member, agreeing)
-    grid = _joined(members)
-    first = members[0]
+    grid, first = _joined(members), members[0]
+    if "look" in grid.effects:
+        models, config = first.summary["models"], _statistics(first)
+        effects, mass = replayed(grid.effects, grid.mass, grid.eligibility, models, config)
+        grid = replace(grid, effects=effects, mass=mass)
     judged = judge(grid.effects, grid.mass, grid.eligibility, _statistics(first), first.summary["models"])
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from scipy import stats
 from attnres.statistics.config import StatisticsConfig
 from attnres.statistics.dissociation import paired_differences, pick_cells
 from attnres.statistics.inference import Floats, adjust_p, bca_interval, margin_tests, sign_flip_p
+from attnres.statistics.looks import Looks
 from attnres.statistics.motifs import less_elsewhere
 from attnres.statistics.rank_correlation import bootstrapped_spearman, document_resamples, percentile_test
 from attnres.statistics.verdicts import cell_verdicts
@@ -75,6 +76,58 @@ def verdicts(dnll: Floats, kl: Floats, cells: int, config: StatisticsConfig) -> 
     return cell_verdicts(tests.tost_p, tests.kl_upper_p, *adjusted, config.alpha).reshape(-1, cells)
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """Grids that were measured in looks: each cell up to the look at which its verdict stood.
+
+    Attributes:
+        verdicts: [grids, cells].
+        documents: on which each cell was measured: [grids * cells].
+        mean: of dNLL on these documents: [grids * cells].
+    """
+
+    verdicts: NDArray[np.str_]
+    documents: NDArray[np.int64]
+    mean: Floats
+
+
+def in_looks(dnll: Floats, kl: Floats, cells: int, looks: Sequence[int], config: StatisticsConfig) -> Stopped:
+    """Verdicts of grids under looks, by the rule of `open_questions`: a cell goes on until no other verdict can follow.
+
+    Args:
+        dnll, kl: [documents, grids * cells].
+        looks: after how many documents each is taken; the last is all.
+    """
+    count = dnll.shape[1]
+    p = {name: np.ones(count) for name in ("p", "kl_lower", "tost", "kl_upper")}
+    documents, going = np.zeros(count, dtype=np.int64), np.arange(count)
+    words = np.full(count, Verdict.INCONCLUSIVE.value)
+    for number, share in zip(looks, Looks.of(looks, config.spending).shares, strict=True):
+        seen, seen_kl = dnll[:number, going], kl[:number, going]
+        tests = margin_tests(seen, seen_kl, config.margin)
+        here = {
+            "p": flip_p(seen, config, _GRID_STAGES), "kl_lower": tests.kl_lower_p,
+            "tost": tests.tost_p, "kl_upper": tests.kl_upper_p,
+        }  # fmt: skip
+        for name, values in here.items():
+            p[name][going] = np.minimum(p[name][going], values / share)
+        documents[going] = number
+        adjusted = _holm(p["p"], cells), _holm(p["kl_lower"], cells)
+        words = cell_verdicts(p["tost"], p["kl_upper"], *adjusted, config.alpha)
+        causal = going[words[going] == Verdict.CAUSAL]
+        beyond = np.zeros(count, dtype=bool)
+        if len(causal):
+            level = 1 - config.alpha * share
+            low, high = bca_interval(dnll[:number, causal], config.bootstrap, level, config.seed)
+            kl_low, _ = bca_interval(kl[:number, causal], config.bootstrap, level, config.seed)
+            beyond[causal] = (low > config.margin) | (high < -config.margin) | (kl_low > config.margin)
+        going = going[~((words[going] == Verdict.NEGLIGIBLE) | beyond[going])]
+        if not len(going):
+            break
+    mean = np.array([dnll[:number, column].mean() for column, number in enumerate(documents.tolist())])
+    return Stopped(words.reshape(-1, cells), documents, mean)
+
+
 def _holm(p: Floats, cells: int) -> Floats:
     return np.concatenate([adjust_p(grid, cells) for grid in p.reshape(-1, cells)])
 
@@ -99,7 +152,7 @@ class NoEffect:
     varies: bool = True
 
 
-def family_wise(draw: Draw, documents: int, truth: NoEffect = NoEffect()) -> Outcome:
+def family_wise(draw: Draw, documents: int, truth: NoEffect = NoEffect(), looks: Sequence[int] = ()) -> Outcome:
     """Any "causal" verdict in a grid without effects; `draw` is the distribution over documents."""
 
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
@@ -114,24 +167,64 @@ def family_wise(draw: Draw, documents: int, truth: NoEffect = NoEffect()) -> Out
             by_cell = of_document + own * draw(rng, (documents, replicates, CELLS))
             values = by_cell.reshape(documents, columns)
         kl = config.margin * rng.exponential(size=values.shape) if truth.kl_at_margin else np.zeros_like(values)
-        return (verdicts(_WIDE * truth.varies * values, kl, CELLS, config) == Verdict.CAUSAL).any(axis=1)
+        return (_verdicts(_WIDE * truth.varies * values, kl, looks, config) == Verdict.CAUSAL).any(axis=1)
 
     return outcomes
 
 
-def detection(draw: Draw, documents: int) -> Outcome:
+def detection(draw: Draw, documents: int, looks: Sequence[int] = ()) -> Outcome:
     """The one cell of a grid that has an effect, of d = 0.2 standard deviations, is called causal."""
 
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
         values = draw(rng, (documents, replicates, CELLS))
         values[:, :, 0] += 0.2
         flat = _WIDE * values.reshape(documents, -1)
-        return verdicts(flat, np.zeros_like(flat), CELLS, config)[:, 0] == Verdict.CAUSAL
+        return _verdicts(flat, np.zeros_like(flat), looks, config)[:, 0] == Verdict.CAUSAL
 
     return outcomes
 
 
-def negligible_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"] = "dnll") -> Outcome:
+def _verdicts(dnll: Floats, kl: Floats, looks: Sequence[int], config: StatisticsConfig) -> NDArray[np.str_]:
+    """Verdicts of grids of `CELLS`, in looks where there are any."""
+    if looks:
+        return in_looks(dnll, kl, CELLS, looks, config).verdicts
+    return verdicts(dnll, kl, CELLS, config)
+
+
+def stopped_interval_misses(draw: Draw, documents: int, looks: Sequence[int], effect: float) -> Outcome:
+    """The interval that is reported of a cell, at the look at which it stopped, does not hold its true mean.
+
+    Args:
+        effect: mean dNLL of every cell, in standard deviations over documents.
+    """
+
+    def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
+        values = _WIDE * (draw(rng, (documents, replicates)) + effect)
+        stopped = in_looks(values, np.zeros_like(values), 1, looks, config)
+        shares = dict(zip(looks, Looks.of(looks, config.spending).shares, strict=True))
+        misses = np.zeros(replicates, dtype=bool)
+        for number, share in shares.items():
+            mine = np.flatnonzero(stopped.documents == number)
+            if len(mine):
+                level = 1 - config.alpha * share
+                low, high = bca_interval(values[:number, mine], config.bootstrap, level, config.seed)
+                misses[mine] = (low > _WIDE * effect) | (high < _WIDE * effect)
+        return misses
+
+    return outcomes
+
+
+def stopping_bias(draw: Draw, documents: int, looks: Sequence[int], effect: float, replicates: int, seed: int) -> float:
+    """Mean of what is reported of a cell less its true mean, as a share of the true mean."""
+    rng = np.random.default_rng([seed, documents])
+    values = _WIDE * (draw(rng, (documents, replicates)) + effect)
+    stopped = in_looks(values, np.zeros_like(values), 1, looks, StatisticsConfig(seed=seed))
+    return float(stopped.mean.mean() / (_WIDE * effect) - 1)
+
+
+def negligible_at_margin(
+    draw: Draw, documents: int, where: Literal["dnll", "kl"] = "dnll", looks: Sequence[int] = ()
+) -> Outcome:
     """The verdict "negligible" of a cell whose mean dNLL, or whose mean KL, is exactly the margin."""
 
     def outcomes(rng: np.random.Generator, replicates: int, config: StatisticsConfig) -> Outcomes:
@@ -142,6 +235,8 @@ def negligible_at_margin(draw: Draw, documents: int, where: Literal["dnll", "kl"
         else:
             dnll = 0.1 * _NARROW * rng.normal(size=shape)
             kl = config.margin * (1 + draw(rng, shape))
+        if looks:
+            return in_looks(dnll, kl, 1, looks, config).verdicts[:, 0] == Verdict.NEGLIGIBLE
         tests = margin_tests(dnll, kl, config.margin)
         never = np.ones(replicates)  # the other tests come later in the order of verdicts
         return cell_verdicts(tests.tost_p, tests.kl_upper_p, never, never, config.alpha) == Verdict.NEGLIGIBLE

@@ -121,6 +121,8 @@ _SPLIT = _word("split", names.Split, "which documents the window is of")
 _WINDOW = (*_DRAWN, _SPLIT)
 _DOCUMENTS = _count("documents", "confirmatory documents that were tested")
 _WINDOWS = _count("windows", "windows of those documents", optional=True)
+_LOOKS = _count("looks", "looks at which it was measured; its intervals are valid at each", optional=True)
+_LOOK = _count("look", "the look at which its document came, in its split; only with looks", optional=True)
 _FAMILY_SIZE = _count("family_size", "tests that the correction counts", optional=True)
 _CORRECTION = _word("correction", ("holm", "fdr_bh"), "how p was corrected", optional=True)
 _DNLL = "mean of what the intervention costs: edited less clean negative log-likelihood, on the same path"
@@ -136,6 +138,7 @@ EFFECTS = Table(
         _number("dnll", NATS, "edited less clean negative log-likelihood, on the same path"),
         _number("kl", NATS, "KL divergence of the edited from the clean distribution"),
         _number("flips", "fraction", "positions whose most likely token changes"),
+        _LOOK,
     ),
 )
 # For those who do not read parquet; no command reads it.
@@ -149,6 +152,7 @@ MASS = Table(
         _number("norm_share", "share", _NORM_SHARE),
         _number("displacement", "", _DISPLACEMENT),
         _number("uniform_share", "share", _UNIFORM_SHARE),
+        _LOOK,
     ),
 )
 ATTRIBUTION = Table(
@@ -224,6 +228,7 @@ CELLS = Table(
         _number("norm_share_hi", "share", "upper limit of the 95% BCa interval of `norm_share`", optional=True),
         _number("displacement_lo", "", "lower limit of the 95% BCa interval of `displacement`", optional=True),
         _number("displacement_hi", "", "upper limit of the 95% BCa interval of `displacement`", optional=True),
+        _LOOKS,
     ),
 )
 CONTRASTS = Table(
@@ -247,6 +252,7 @@ CONTRASTS = Table(
         _p("mass_p_holm", "`mass_p` after Holm"),
         _p("mass_p_fdr", "`mass_p` after Benjamini and Hochberg"),
         _word("mass_verdict", names.ContrastVerdict, "on the difference of mass", optional=True),
+        _LOOKS,
     ),
 )
 MOTIFS = Table(
@@ -267,6 +273,7 @@ MOTIFS = Table(
         _word("verdict", names.MotifVerdict, "on the cell as a motif"),
         _word("effect_learned", names.Learned, "whether training made the effect", optional=True),
         _word("mass_learned", names.Learned, "whether training made the mass", optional=True),
+        _LOOKS,
         _p("matched_p_holm", "`matched_p` after Holm over the grid"),
         _word("necessity", names.Shown, "the mask is causal and costs something", optional=True),
         _word("sufficiency", names.Shown, "`keep`, which removes every other family, is negligible", optional=True),
@@ -305,6 +312,7 @@ DISSOCIATION = Table(
         _word("verdict", names.DissociationVerdict, "whether the largest mass is the largest effect"),
         _text("reason", "why nothing was tested", optional=True),
         _text("predicted_by", "measures other than mass that predict effect", optional=True),
+        _LOOKS,
     ),
 )
 SPEARMAN = Table(

@@ -229,12 +229,17 @@ def _check(measured: Measured) -> None:
         if key not in registered:
             raise DataError(f"{folder / PREREGISTRATION} lacks {key!r}: {AGAIN}")
     for table, frame in ((columns.EFFECTS, measured.effects), (columns.MASS, measured.mass)):
-        drawn = frame[["split", "window", "document"]].drop_duplicates()
-        for split, expected in registered["splits"].get("sha256", {}).items():
-            rows = drawn[drawn["split"] == split]
-            if len(rows) and windows_digest(rows["window"].tolist(), rows["document"].tolist()) != expected:
-                path = folder / table.name
-                raise DataError(f"{path}: the rows of split {split!r} are not of the windows that were preregistered")
+        for split, digests in _digests(registered["splits"], "look" in frame).items():
+            rows = frame[frame["split"] == split]
+            # What everything agreed on early was measured no further.
+            for look in range(1, 1 + (min(len(digests), rows["look"].max()) if "look" in rows else len(rows) > 0)):
+                drawn = rows[rows["look"] <= look] if "look" in rows else rows
+                drawn = drawn[["window", "document"]].drop_duplicates()
+                if windows_digest(drawn["window"].tolist(), drawn["document"].tolist()) != digests[look - 1]:
+                    path = folder / table.name
+                    raise DataError(
+                        f"{path}: the rows of split {split!r} are not of the windows that were preregistered"
+                    )
     models = measured.summary.get("models")
     if not (isinstance(models, list) and all(isinstance(row, dict) and "name" in row for row in models)):
         raise DataError(f"{folder / SUMMARY} does not name its models: {AGAIN}")
@@ -246,6 +251,13 @@ def _check(measured: Measured) -> None:
     for model, cell in excluded:
         if listed.get((model, cell), False):
             raise DataError(f"{folder}: {cell} of {model} is eligible, but was excluded when it was preregistered")
+
+
+def _digests(splits: Mapping[str, Any], in_looks: bool) -> dict[str, list[str]]:
+    """Per split, the digest of the windows up to each look."""
+    if in_looks:
+        return {split: [row["sha256"] for row in rows] for split, rows in splits.get("looks", {}).items()}
+    return {split: [digest] for split, digest in splits.get("sha256", {}).items()}
 
 
 def registered_as(path: Path) -> dict[str, Any]:

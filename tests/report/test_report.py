@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -567,3 +568,18 @@ def test_report_shows_what_a_rescue_takes_back_or_why_no_share_is_given(folder, 
     for text in render(folder):
         assert "rescue:recent@mlp.mid" in text and "0.750" in text and "[" in text
         assert "the effect is not above zero" in text
+
+
+def test_report_of_a_probe_in_looks_says_so_and_compares_windows_look_by_look(folder, render):
+    """A model that was decided early has fewer windows than another one, and is paired all the same."""
+    change_summary(folder, statistics={"margin": 0.005, "looks": [40, 64]})
+    for name in ("effects.parquet", "mass.parquet"):
+        table = pd.read_parquet(folder / name)
+        later = (table["document"] >= 64) & (table["split"] == "confirm")
+        table["look"] = np.where(later, 2, 1)
+        table[~(later & (table["model"] == "uniform"))].to_parquet(folder / name)
+    html, _ = render(folder)
+    assert "not probed on the same windows" not in html and "looks at 40, 64" in html
+    table = pd.read_parquet(folder / "effects.parquet")
+    table[~((table["model"] == "uniform") & (table["document"] == 30))].to_parquet(folder / "effects.parquet")
+    assert "not probed on the same windows" in render(folder)[0]
