@@ -100,7 +100,7 @@ class Qwen3AttnResDecoderLayer(GradientCheckpointingLayer):
             state = open_block(state, read, self.plan, context, self.config.rms_norm_eps, backend)
             state, x = route(state, read, norm, self.config, context, backend)
             out = self._attend(x, context) if read.sublayer == "attn" else self.mlp(x)
-            state = state._replace(update=out.to(x.dtype))
+            state = DepthState(state.finished, state.current, out.to(x.dtype), state.prepared)
         return state
 
     @property

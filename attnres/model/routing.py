@@ -207,7 +207,8 @@ def open_block(
     if read.index != together.start:
         return state
     reads = context.parameters(together, state.finished[0].device)
-    return state._replace(prepared=ops.prepare_block(state.finished, reads, eps, backend))
+    prepared = ops.prepare_block(state.finished, reads, eps, backend)
+    return DepthState(state.finished, state.current, state.update, prepared)
 
 
 def route(
