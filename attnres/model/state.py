@@ -56,8 +56,8 @@ class VectorEdit(Edit, Protocol):
 class DepthState(NamedTuple):
     """Depth sources between two layers: an immutable value, so that a run can be resumed from any layer.
 
-    A tuple, because libraries that move, cast or checkpoint the arguments of a layer look for tensors inside tuples. A new
-    one is constructed: torch 2.11 cannot return from a compiled layer what `_replace` makes.
+    A tuple, because libraries that move, cast or checkpoint the arguments of a layer look for tensors inside tuples.
+    A new one is constructed: torch 2.11 cannot return from a compiled layer what `_replace` makes.
 
     Attributes:
         finished: finished sources `[B, T, D]`, oldest first.

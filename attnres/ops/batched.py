@@ -10,7 +10,7 @@ All arithmetic is fp32 (fp64 for fp64 sources).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,8 +92,11 @@ def _mix(weights: Tensor, values: Tensor) -> Tensor:
     return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights).unflatten(0, (tokens, reads))
 
 
+_TRACES_WRONGLY = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+
+
 class _Unsaved:
-    """Stands for the context of a function whose backward pass will not run."""
+    """Stands for the context of a function whose own backward pass will not run."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         pass
@@ -213,7 +216,8 @@ class _Merge(torch.autograd.Function):
         beta = torch.sigmoid(logit - lse)
         h = torch.lerp(mixed, state, beta.unsqueeze(-1))
         h_rstd = _rstd(h, norm_eps)
-        h_hat = h.mul_(h_rstd.unsqueeze(-1))
+        # In place, except where autograd needs h itself.
+        h_hat = h * h_rstd.unsqueeze(-1) if isinstance(ctx, _Unsaved) else h.mul_(h_rstd.unsqueeze(-1))
         ctx.save_for_backward(total, h_hat, query, norm_weight, rstd, score, beta, h_rstd)
         ctx.has_update, ctx.bias_shape, ctx.norm_eps = update is not None, bias.shape, norm_eps
         ctx.device_type = total.device.type
@@ -254,10 +258,21 @@ class _Merge(torch.autograd.Function):
         return d_out, d_out if ctx.has_update else None, d_mixed, -d_gate, d_query, d_bias, d_norm_weight, None, None
 
 
+def _applied(function: Any) -> Callable[..., Any]:
+    """A function with its own backward pass; where torch would trace that wrongly, with autograd's.
+
+    torch 2.11 loses the gradients of a second call of one function in a compiled graph, as a layer has it: its MLP's read
+    had none. 2.13 does not.
+    """
+    if _TRACES_WRONGLY and torch.compiler.is_compiling():
+        return functools.partial(function.forward, _Unsaved())
+    return function.apply
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x * rstd(x) * weight`, computed and returned in fp32 (fp64)."""
     exact = _exact(x.dtype)
-    return _Norm.apply(x.to(exact), weight.to(exact), eps)
+    return _applied(_Norm)(x.to(exact), weight.to(exact), eps)
 
 
 def _folded(read: ReadParameters, dtype: torch.dtype) -> Tensor:
@@ -295,7 +310,7 @@ def merge(
     n = block.logits.shape[-1]
     bias = mixed.new_zeros(1) if read.bias is None else read.bias[..., n:].to(mixed.dtype)  # [1] or [B, 1]
     args = (current, update, mixed, block.lse[..., index], _folded(read, mixed.dtype), bias)
-    return Merged(*_Merge.apply(*args, norm_weight.to(mixed.dtype), eps, norm_eps))
+    return Merged(*_applied(_Merge)(*args, norm_weight.to(mixed.dtype), eps, norm_eps))
 
 
 def current_logit(current: Tensor, read: ReadParameters, eps: float) -> Tensor:
