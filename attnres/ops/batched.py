@@ -261,8 +261,8 @@ class _Merge(torch.autograd.Function):
 def _applied(function: Any) -> Callable[..., Any]:
     """A function with its own backward pass; where torch would trace that wrongly, with autograd's.
 
-    torch 2.11 loses the gradients of a second call of one function in a compiled graph, as a layer has it: its MLP's read
-    had none. 2.13 does not.
+    torch 2.11 loses the gradients of a second call of one function in a compiled graph, as a layer has it: its MLP
+    read had none. 2.13 does not.
     """
     if _TRACES_WRONGLY and torch.compiler.is_compiling():
         return functools.partial(function.forward, _Unsaved())
