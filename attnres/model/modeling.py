@@ -7,16 +7,27 @@ of a layer can start again from there.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
@@ -134,6 +145,9 @@ def mixed(trace: Trace, edit: Edit | None) -> Tensor:
     return sum(terms, start=torch.zeros_like(weights[..., :1])).to(sources[0].dtype)
 
 
+_HEADS = ("lm_head.", "score.", "qa_outputs.")
+
+
 class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
     """Loading, saving and initialisation; a class of transformers."""
 
@@ -141,16 +155,24 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
     config_class = Qwen3AttnResConfig
     _no_split_modules = ["Qwen3AttnResDecoderLayer"]
     _skip_keys_device_placement = [CACHE, OTHER_CACHE]
+    # Names that begin with these may be missing from a checkpoint (the untrained head of a new task), or left over (the
+    # head of another task).
+    _own_head: tuple[str, ...] = ()
+    _other_heads: tuple[str, ...] = _HEADS
     _can_record_outputs: dict[str, Any] = {"attentions": OutputRecorder(Qwen3Attention, index=1)}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but strict: a checkpoint that does not fit the configuration is an error.
 
+        Heads aside: that of a new task may be missing, and that of another may be left over. Whoever asks for
+        `output_loading_info`, or gives a `state_dict`, is told what does not fit, or knows it, and gets the model.
+
         Raises:
             ValueError: naming the parameters that are missing, unexpected or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        strict = not wants_info and "state_dict" not in kwargs
         weights = weights_read_here(pretrained_model_name_or_path, kwargs.get("subfolder", ""), kwargs.get("variant"))
         if weights is not None and "state_dict" not in kwargs:
             subfolder = kwargs.pop("subfolder", "")
@@ -161,8 +183,10 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
             pretrained_model_name_or_path = None
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
+        allowed = {"missing_keys": cls._own_head, "unexpected_keys": cls._other_heads}
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, info[what])):
+            names = sorted(str(name) for name in info[what] if not str(name).startswith(allowed.get(what, ())))
+            if names and strict:
                 raise ValueError(
                     f"checkpoint: {len(names)} {what.replace('_', ' ')} ({', '.join(names[:3])}, ...) for "
                     f"attnres_sources={model.config.attnres_sources!r}; attnres.load_model finds the convention"
@@ -360,6 +384,7 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan, _fsdp_plan = Qwen3ForCausalLM._tp_plan, Qwen3ForCausalLM._fsdp_plan
+    _other_heads = ()
 
     def __init__(self, config: Qwen3AttnResConfig) -> None:
         super().__init__(config)
@@ -443,6 +468,43 @@ class Qwen3AttnResForCausalLM(Qwen3AttnResPreTrainedModel, GenerationMixin):
         )
 
 
+def _without_routing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A head of the library, whose output has no room for the routing."""
+
+    @wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_routing"):
+            raise ValueError("output_routing: this head's output has no room for it; call its decoder, `model.model`")
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
+class Qwen3AttnResForSequenceClassification(GenericForSequenceClassification, Qwen3AttnResPreTrainedModel):
+    """The library's head over the last token of each sequence."""
+
+    # The head's loss is the mean of a batch: the Trainer divides it by the number of batches that it accumulates.
+    accepts_loss_kwargs = False
+    _own_head = ("score.",)
+    forward = _without_routing(GenericForSequenceClassification.forward)
+
+
+class Qwen3AttnResForTokenClassification(GenericForTokenClassification, Qwen3AttnResPreTrainedModel):
+    """The library's head over every token."""
+
+    accepts_loss_kwargs = False
+    _own_head = ("score.",)
+    forward = _without_routing(GenericForTokenClassification.forward)
+
+
+class Qwen3AttnResForQuestionAnswering(GenericForQuestionAnswering, Qwen3AttnResPreTrainedModel):
+    """The library's head for the span of an answer."""
+
+    accepts_loss_kwargs = False
+    _own_head = ("qa_outputs.",)
+    forward = _without_routing(GenericForQuestionAnswering.forward)
+
+
 def _forward_names() -> set[str]:
     """The arguments that a forward pass names."""
     return {
@@ -450,4 +512,8 @@ def _forward_names() -> set[str]:
     }
 
 
+AutoModel.register(Qwen3AttnResConfig, Qwen3AttnResModel, exist_ok=True)
 AutoModelForCausalLM.register(Qwen3AttnResConfig, Qwen3AttnResForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(Qwen3AttnResConfig, Qwen3AttnResForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(Qwen3AttnResConfig, Qwen3AttnResForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(Qwen3AttnResConfig, Qwen3AttnResForQuestionAnswering, exist_ok=True)

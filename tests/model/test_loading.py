@@ -421,3 +421,14 @@ def test_unknown_words_are_refused_with_the_nearest_name(vanilla):
         load_model(SEEDED, dtyp=torch.float32)
     with pytest.raises(ValueError, match="bias: expected 'stored' or 'init', received 'strd'"):
         load_model(SEEDED, bias="strd")
+
+
+def test_whoever_asks_for_the_list_of_what_does_not_fit_gets_it_and_the_model(make_model, tmp_path):
+    make_model("block_sum").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="unexpected keys"):
+        Qwen3AttnResForCausalLM.from_pretrained(tmp_path, attnres_sources="cumulative")
+    model, info = Qwen3AttnResForCausalLM.from_pretrained(
+        tmp_path, attnres_sources="cumulative", output_loading_info=True
+    )
+    assert model.config.attnres_sources == "cumulative"
+    assert {name.partition("_")[0] for name in info["unexpected_keys"]} == {"model.final"}
