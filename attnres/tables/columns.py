@@ -334,6 +334,36 @@ SPEARMAN = Table(
         _p("over_mass_p", "p of no difference from mass"),
     ),
 )
+# Of a table that no probe made: names and units are the user's.
+_SECOND = "mean of the second metric"
+_DIFF = "mean effect less that of the component's control"
+COMPONENTS = Table(
+    "cells.csv",
+    "a group, a component of somebody's table; written by `attnres.commands.judge`, in a folder of its own",
+    (
+        _text("group", "the family of tests", optional=True),
+        _text("component", "what was removed, edited or compared"),
+        _count("documents", "units that were tested"),
+        _count("rows", "rows of the table that they were averaged from"),
+        *_interval("effect", "the table's", "mean effect over units"),
+        _p("p", "two-sided sign-flip p of `effect`", optional=False),
+        _p("p_holm", "`p` after Holm, over the group", optional=False),
+        _p("tost_p", "p of equivalence: `effect` within the margin", optional=False),
+        *_interval("second", "the table's", _SECOND, optional=True),
+        _p("second_upper_p", "p of equivalence: `second` below its margin"),
+        _p("second_lower_p", "p of `second` above its margin"),
+        _p("second_lower_holm", "`second_lower_p` after Holm"),
+        *_interval("control_diff", "the table's", _DIFF, optional=True),
+        _p("control_p", "one-sided sign-flip p of `control_diff`"),
+        _p("control_p_holm", "`control_p` after Holm"),
+        _word("specificity", names.Shown, "it costs more than its control, after Holm", optional=True),
+        _word("verdict", names.Verdict, "on the component"),
+        _count("documents_needed", "documents that would decide an inconclusive component", optional=True),
+        _number("detectable", "the table's", "size of a mean effect that is found with the power asked for"),
+        _p("smallest_p", "smallest `p` that these flips and documents can give", optional=False),
+        _count("family_size", "tests that the correction counts"),
+    ),
+)
 # What is measured, and what is judged from it without a model.
 MEASURED = (EFFECTS, MASS, ATTRIBUTION, ELIGIBILITY, ROUTING)
 JUDGED = (CELLS, CONTRASTS, DISSOCIATION, SPEARMAN, MOTIFS, RESCUES)

@@ -18,7 +18,8 @@ What each word means stands beside it in `attnres/tables/names.py`. Reading by c
 
 def tables_page() -> str:
     """The page: every file, every column."""
-    return "\n".join([_HEAD, *_chapter("Measured", columns.MEASURED), *_chapter("Judged", columns.JUDGED)])
+    chapters = {"Measured": columns.MEASURED, "Judged": columns.JUDGED, "Anybody's": (columns.COMPONENTS,)}
+    return "\n".join([_HEAD, *(line for title, tables in chapters.items() for line in _chapter(title, tables))])
 
 
 def _chapter(title: str, tables: tuple[Table, ...]) -> Iterator[str]:

@@ -118,6 +118,7 @@ def test_an_error_shows_no_control_characters_and_ends(capsys):
         *(["attnres.commands.report", "{}"], ["attnres.commands.rejudge", "{}"]),
         ["attnres.commands.rejudge", "{}", "--out", "out"],
         ["attnres.commands.documents", "--run", "{}", "--step", "1"],
+        ["attnres.commands.judge", "{}.csv", "--margin", "1"],
     ],
     ids=lambda words: " ".join(words),
 )
@@ -242,7 +243,7 @@ def test_a_command_refuses_unsafe_loading(monkeypatch, capsys):
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["report", "rejudge", "error_rates"])
+@pytest.mark.parametrize("name", ["report", "rejudge", "error_rates", "judge"])
 def test_help_of_a_command_on_tables_loads_no_large_library(name):
     code = (
         "import runpy, sys; sys.argv = ['command', '--help']\n"
