@@ -33,7 +33,7 @@ def test_tables_describe_each_column_once(table):
 
 
 def test_write_table_writes_the_bytes_that_pandas_writes_of_the_columns_in_order(tmp_path):
-    ordered = EFFECTS[columns.EFFECTS.names]
+    ordered = EFFECTS[columns.EFFECTS.required]
     ordered.to_parquet(tmp_path / "expected.parquet", index=False)
     shuffled = ordered[ordered.columns[::-1]]
     write_table(tmp_path, columns.EFFECTS, shuffled)
@@ -114,7 +114,7 @@ def test_read_table_names_file_column_and_value(tmp_path, change, message):
 
 def test_read_table_refuses_text_that_is_not_utf8(tmp_path):
     """pandas reads it, and whoever looks at a value of it fails."""
-    table = pa.table(EFFECTS[columns.EFFECTS.names])
+    table = pa.table(EFFECTS[columns.EFFECTS.required])
     damaged = pa.array([b"\xff"] * len(table), pa.binary()).view(pa.string())
     pq.write_table(table.set_column(table.column_names.index("cell"), "cell", damaged), tmp_path / "effects.parquet")
     with pytest.raises(DataError, match=r"effects\.parquet cannot be read \(.*[Ii]nvalid UTF8"):
