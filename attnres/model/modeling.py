@@ -173,6 +173,7 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         strict = not wants_info and "state_dict" not in kwargs
+        other_shapes = kwargs.get("ignore_mismatched_sizes", False)
         weights = weights_read_here(pretrained_model_name_or_path, kwargs.get("subfolder", ""), kwargs.get("variant"))
         if weights is not None and "state_dict" not in kwargs:
             subfolder = kwargs.pop("subfolder", "")
@@ -186,7 +187,7 @@ class Qwen3AttnResPreTrainedModel(Qwen3PreTrainedModel):
         allowed = {"missing_keys": cls._own_head, "unexpected_keys": cls._other_heads}
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in info[what] if not str(name).startswith(allowed.get(what, ())))
-            if names and strict:
+            if names and strict and not (other_shapes and what == "mismatched_keys"):
                 raise ValueError(
                     f"checkpoint: {len(names)} {what.replace('_', ' ')} ({', '.join(names[:3])}, ...) for "
                     f"attnres_sources={model.config.attnres_sources!r}; attnres.load_model finds the convention"

@@ -59,3 +59,16 @@ def test_a_head_refuses_what_it_cannot_give_and_what_does_not_fit_below_it(make_
         fresh(ids, output_routng=True)
     with pytest.raises(ValueError, match="unexpected keys"):
         head.from_pretrained(tmp_path, attnres_sources="cumulative")
+
+
+def test_a_head_of_another_size_is_drawn_anew_where_that_is_asked_for(make_model, tmp_path):
+    make_model(pad_token_id=0).save_pretrained(tmp_path / "language")
+    three = AutoModelForSequenceClassification.from_pretrained(tmp_path / "language", num_labels=3)
+    three.save_pretrained(tmp_path / "three")
+    with pytest.raises((RuntimeError, ValueError), match="mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "three", num_labels=5)
+    five = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "three", num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert five.score.weight.shape[0] == 5
+    assert torch.equal(five.model.embed_tokens.weight, three.model.embed_tokens.weight)
