@@ -5,9 +5,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
+import attnres
 
 ROOT = Path(__file__).parents[1]
 SEEN = tomllib.loads((ROOT / "tests/versions_seen.toml").read_text())
@@ -45,3 +48,9 @@ def test_locked_versions_and_the_default_torch_are_inside_the_ranges() -> None:
 def test_every_extra_has_a_test_that_installs_it_and_carries_out_its_recipe() -> None:
     text = (ROOT / "tests/long/test_extras.py").read_text()
     assert sorted(re.findall(r"^def test_([a-z]+)_extra_", text, re.MULTILINE)) == sorted(EXTRAS)
+
+
+def test_citation_names_the_version_of_the_package():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == attnres.__version__ and cited["cff-version"] == "1.2.0"
+    assert {"title", "message", "authors", "license"} <= cited.keys()

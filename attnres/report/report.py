@@ -8,7 +8,7 @@ their runs (`attnres.report.comparison`). Effects are in nats/token.
 from pathlib import Path
 from typing import Any
 
-from attnres.report import words
+from attnres.report import methods, words
 from attnres.report.album import FIGURES, Drawing, draw
 from attnres.report.page import render_html, render_text, write_report_files
 from attnres.report.tables import Tables, read_tables
@@ -28,6 +28,7 @@ _SECTIONS = {
     "viewer": "Tokens",
     "cells": "All cells",
     "reading": "How to read",
+    "methods": "Methods",
     "provenance": "Provenance",
 }
 
@@ -75,6 +76,7 @@ def _context(tables: Tables, drawings: dict[str, list[Drawing]]) -> dict[str, An
         "bh": tables.discovery_column,
         "contrasts": tables.contrasts.to_dict("records"),
         "motifs": words.motifs(tables),
+        "methods": methods.of_probe(tables),
         "clashes": words.disagreements(tables.against_baselines),
         "provenance": tables.summary["provenance"],
         "preregistration": tables.preregistration,

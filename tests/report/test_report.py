@@ -160,6 +160,7 @@ def test_report_sections_come_in_order_and_are_linked(drawn):
         "motifs",
         "cells",
         "reading",
+        "methods",
         "provenance",
     ]
     assert [a["id"] for a in page.all("h2")] == expected
@@ -583,3 +584,11 @@ def test_report_of_a_probe_in_looks_says_so_and_compares_windows_look_by_look(fo
     table = pd.read_parquet(folder / "effects.parquet")
     table[~((table["model"] == "uniform") & (table["document"] == 30))].to_parquet(folder / "effects.parquet")
     assert "not probed on the same windows" in render(folder)[0]
+
+
+def test_report_has_a_paragraph_of_methods_whose_values_are_the_folders(folder, render):
+    for text in render(folder):
+        assert "Methods, to paste" in text and "9,999 flips" in text and "0.005 nat" in text
+    change_summary(folder, statistics={"margin": 0.02, "sign_flips": 1234, "alpha": 0.05, "bootstrap": 777, "seed": 3})
+    for text in render(folder):
+        assert "1,234 flips" in text and "0.02 nat" in text and "9,999 flips" not in text
