@@ -21,7 +21,7 @@ from attnres.tables.foreign import Foreign
 from attnres.tables.names import Verdict
 
 # Of the statistics of a probe, what a table of components takes no part in.
-_OF_PROBES = ("grid_cells", "permutations")
+_OF_PROBES = ("grid_cells", "permutations", "looks", "spending", "rank_look")
 
 
 def write_any_table(

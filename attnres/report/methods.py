@@ -27,7 +27,8 @@ def of_probe(tables: Tables) -> list[str]:
     return [
         *_probed(tables, statistics),
         *_tests(statistics, "document", "ΔNLL", "KL", "nat"),
-        *_corrections(cells, "intervention", statistics),
+        *_corrections(cells, "intervention"),
+        *_looks(statistics),
         *_registered(summary),
         *_seeds(summary, statistics),
         *_made_with(summary["provenance"], (*_LIBRARIES, *_OF_MODELS)),
@@ -48,7 +49,7 @@ def of_table(summary: Mapping[str, Any], cells: pd.DataFrame) -> list[str]:
         f"The {effect} of {_said(len(cells))} components was measured on {_range(cells['documents'])} units ({unit}), "
         f"in {_range(cells['rows'])} rows for each component.",
         *_tests(statistics, unit, effect, second, ""),
-        *_corrections(cells, "", statistics),
+        *_corrections(cells, ""),
         *_seeds(summary, statistics),
         *_made_with(summary["provenance"], _LIBRARIES),
     ]
@@ -91,14 +92,14 @@ def _tests(statistics: Mapping[str, Any], unit: str, effect: str, second: str, n
     if alpha:
         either = f" of {effect}, or of {second} above its margin," if second else ""
         yield f"Else it is causal where the corrected p{either} is at most {alpha}, and inconclusive otherwise."
-    if resamples and alpha:
-        level = plain(100 * (1 - float(statistics["alpha"])))
+    if resamples and isinstance(statistics.get("alpha"), float):
+        level = plain(100 * (1 - statistics["alpha"]))
         yield f"Intervals are {level}% BCa bootstrap intervals over units, from {resamples} resamples."
     if power:
         yield f"Sample sizes that would decide are computed at a power of {power}."
 
 
-def _corrections(cells: pd.DataFrame, of: str, statistics: Mapping[str, Any]) -> Iterator[str]:
+def _corrections(cells: pd.DataFrame, of: str) -> Iterator[str]:
     """By whose method p was corrected, and over how many tests: "families of 19 to 20 (mask), 2 to 4 (matched) tests".
 
     Args:
@@ -118,24 +119,38 @@ def _corrections(cells: pd.DataFrame, of: str, statistics: Mapping[str, Any]) ->
         yield f"p was corrected by the method of {method}{over}."
 
 
+def _looks(statistics: Mapping[str, Any]) -> Iterator[str]:
+    looks = statistics.get("looks")
+    if isinstance(looks, list) and looks:
+        yield (
+            f"Tests were read after {', '.join(map(_said, looks))} documents, with the level spent over these looks "
+            f"({_said(statistics.get('spending'))}). What was decided was measured no further, and intervals are valid "
+            "at each look."
+        )
+
+
 def _registered(summary: Mapping[str, Any]) -> Iterator[str]:
-    digest = (summary.get("preregistration") or {}).get("sha256")
+    digest = _object(summary.get("preregistration")).get("sha256")
     if digest:
         yield f"Cells, margin, splits and seeds were preregistered before any result (sha256 {str(digest)[:12]})."
 
 
 def _seeds(summary: Mapping[str, Any], statistics: Mapping[str, Any]) -> Iterator[str]:
-    of = {"statistics": statistics.get("seed")} | dict((summary.get("provenance") or {}).get("seeds") or {})
-    of |= {f"training of {row.get('experiment') or row['name']}": row.get("seed") for row in summary.get("models", [])}
-    seeds = pd.Series({name: seed for name, seed in of.items() if seed is not None}, dtype=object)
-    if len(seeds):
-        said = (f"{seed} ({', '.join(rows.index)})" for seed, rows in seeds.groupby(seeds, sort=False))
-        yield f"Seeds: {'; '.join(said)}."
+    of = {"statistics": statistics.get("seed")} | _object(summary["provenance"].get("seeds"))
+    for row in summary.get("models", []):
+        of[f"training of {row.get('experiment') or row.get('name')}"] = row.get("seed")
+    said: dict[str, list[str]] = {}
+    for name, seed in of.items():
+        if seed is not None:
+            said.setdefault(str(seed), []).append(name)
+    if said:
+        listed = (f"{seed} ({', '.join(names)})" for seed, names in said.items())
+        yield f"Seeds: {'; '.join(listed)}."
 
 
 def _made_with(provenance: Mapping[str, Any], libraries: tuple[str, ...]) -> Iterator[str]:
     # Older summaries, and others' tables, have versions at the top.
-    versions = dict(provenance.get("versions") or provenance)
+    versions = _object(provenance.get("versions")) or provenance
     sha = _commit(provenance.get("git"))
     ours = ["attnres", versions.get("attnres"), f"(commit {sha})" if sha else None]
     others = [f"{name} {versions[name]}" for name in libraries if versions.get(name)]
@@ -148,13 +163,19 @@ def _judged_anew(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"Verdicts are of a later version (commit {sha}), from the same measurements."
 
 
+def _object(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
 def _commit(git: Any) -> str:
     return str((git.get("sha") if isinstance(git, Mapping) else git) or "")[:12]
 
 
 def _said(value: Any) -> str:
-    """A number as a sentence has it; empty for none."""
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    """A number as a sentence has it; empty for none, and whatever else a file holds as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _range(values: pd.Series) -> str:

@@ -21,7 +21,7 @@ from attnres.commands import report as report_command
 from attnres.errors import ConfigError, DataError
 from attnres.files import formats
 from attnres.files.whole_files import MOST_BYTES
-from attnres.report import report
+from attnres.report import methods, report
 from attnres.report import words as report_text
 from attnres.report.tables import read_tables
 from attnres.report.viewer import viewer_data
@@ -586,9 +586,68 @@ def test_report_of_a_probe_in_looks_says_so_and_compares_windows_look_by_look(fo
     assert "not probed on the same windows" in render(folder)[0]
 
 
-def test_report_has_a_paragraph_of_methods_whose_values_are_the_folders(folder, render):
-    for text in render(folder):
-        assert "Methods, to paste" in text and "9,999 flips" in text and "0.005 nat" in text
-    change_summary(folder, statistics={"margin": 0.02, "sign_flips": 1234, "alpha": 0.05, "bootstrap": 777, "seed": 3})
-    for text in render(folder):
-        assert "1,234 flips" in text and "0.02 nat" in text and "9,999 flips" not in text
+def paragraph(folder: Path) -> str:
+    return " ".join(methods.of_probe(read_tables(folder)))
+
+
+def test_report_ends_with_a_paragraph_of_methods(folder, render):
+    html, text = render(folder)
+    for shown, after in ((html, 'id="provenance"'), (text, "## Command")):
+        assert "9,999 flips" in shown[shown.index("Methods, to paste") : shown.rindex(after)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"statistics": {"margin": 0.02}}, "within ±0.02 nat, and a one-sided test shows its KL to be below 0.02 nat"),
+        ({"statistics": {"sign_flips": 1234}}, "with 1,234 flips"),
+        ({"statistics": {"alpha": 0.125}}, "is at most 0.125, and inconclusive otherwise. Intervals are 87.5% BCa"),
+        ({"statistics": {"bootstrap": 777}}, "from 777 resamples"),
+        ({"statistics": {"power": 0.75}}, "at a power of 0.75"),
+        ({"statistics": {"window_length": 96}}, "of 96 tokens each"),
+        ({"statistics": {"seed": 3}}, "Seeds: 3 (statistics)"),
+        (
+            {"statistics": {"looks": [32, 64], "spending": "pocock"}},
+            "read after 32, 64 documents, with the level spent",
+        ),
+        ({"models": [{"name": "attnres", "experiment": "small", "seed": 7}]}, "7 (training of small)"),
+        ({"provenance": {"seeds": {"probe": 5}}}, "5 (probe)"),
+        (
+            {"provenance": {"versions": {"scipy": "1.17.9"}, "git": {"sha": "f" * 40}}},
+            "(commit ffffffffffff), scipy 1.17.9",
+        ),
+        ({"preregistration": {"sha256": "abcdef" * 10}}, "(sha256 abcdefabcdef)"),
+        ({"judged_anew": {"git": {"sha": "e" * 40}}}, "of a later version (commit eeeeeeeeeeee)"),
+    ],
+)
+def test_a_value_of_the_summary_changes_the_paragraph(folder, entries, said):
+    assert said not in paragraph(folder)
+    statistics = json.loads((folder / "summary.json").read_text())["statistics"]
+    change_summary(folder, **{k: statistics | v if k == "statistics" else v for k, v in entries.items()})
+    assert said in paragraph(folder)
+
+
+def test_documents_and_families_of_the_tables_are_in_the_paragraph(folder):
+    assert "24 pilot documents (24 windows) and 64 confirmatory documents (64 windows)" in paragraph(folder)
+    assert "by the method of Holm." in paragraph(folder)
+    change_table(folder, "effects.parquet", lambda t: t[t["document"] < 80].assign(document=t["document"] // 2))
+    change_table(folder, "cells.csv", lambda t: t.assign(family_size=[17 + (row % 3) for row in range(len(t))]))
+    assert "12 pilot documents (24 windows) and 28 confirmatory documents (56 windows)" in paragraph(folder)
+    assert "by the method of Holm over families of 17 to 19 (mask) tests." in paragraph(folder)
+    change_table(folder, "cells.csv", lambda t: t.assign(p_fdr=0.2))
+    assert "by the method of Benjamini and Hochberg over families of 17 to 19 (mask) tests." in paragraph(folder)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"preregistration": [1]},
+        {"provenance": {"seeds": "x", "versions": ["a"], "git": ["a"]}},
+        {"provenance": {"seeds": {"a": [1], "b": {}}}},
+        {"models": [{"kind": "wrap", "seed": [2]}]},
+        {"statistics": {"alpha": "x", "sign_flips": True, "bootstrap": [1], "power": {}, "looks": "all"}},
+    ],
+)
+def test_the_paragraph_takes_whatever_a_summary_holds(folder, odd):
+    change_summary(folder, **odd)
+    assert "Computed with attnres" in paragraph(folder)
